@@ -1,0 +1,93 @@
+"""What config files there are. Reads YAML as plain text, so that help, `metarl list` and completion need neither Hydra nor JAX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from metarl_cli.core.errors import ConfigError, MetarlError
+
+Groups = dict[str, dict[str, Path]]  # {"algo": {"maml": .../algo/maml.yaml}, "algo/memory": ...}
+
+KINDS = {"algos": "algo", "envs": "env", "memories": "algo/memory"}  # what `metarl list` calls the groups
+_NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model"}
+
+
+def noun(group: str) -> str:
+    """What a file of this group is, for messages."""
+    return _NOUNS.get(group, f"file in {group}/")
+
+
+def configs() -> Path:
+    """The configs that come with metarl: inside the installed package, else beside it."""
+    package = Path(__file__).parent
+    for path in (package / "configs", package.parent / "configs"):
+        if (path / "train.yaml").is_file():
+            return path
+    raise MetarlError(f"{package / 'configs'}: the config files of metarl are missing. Install metarl again.")
+
+
+def groups(config_dir: Path | None = None) -> Groups:
+    """Every config file by group and name; those of the user's own directory are added to ours.
+
+    Raises:
+        ConfigError: where the directory does not exist or a file of ours would hide one of the user's.
+    """
+    found: Groups = {}
+    for root in filter(None, (configs(), config_dir)):
+        if not root.is_dir():
+            raise ConfigError("--config-dir", root, "is not a directory")
+        for file in sorted(root.rglob("*.yaml")):
+            group = found.setdefault(file.parent.relative_to(root).as_posix(), {})
+            if file.stem in group:
+                raise ConfigError("--config-dir", file, "metarl has a config of that name", hint="Rename the file.")
+            group[file.stem] = file
+    del found["."]  # the commands' own files
+    return {group: found[group] for group in sorted(found)}
+
+
+def headline(file: Path) -> str:
+    """The first comment line that is no directive such as `# @package _global_`."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if text and not text.startswith("@"):
+            return text if line.startswith("#") else ""
+    return ""
+
+
+def defaults(chosen: dict[str, str], config_dir: Path | None = None) -> dict[str, Any]:
+    """The dotted keys that a run may set, with the values that stand in the files.
+
+    Args:
+        chosen: group to name, e.g. `{"algo": "rl2"}`, where it differs from the default.
+    """
+    return dict(_keys(configs() / "train.yaml", "", chosen, groups(config_dir)))
+
+
+def _keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Iterator[tuple[str, Any]]:
+    import yaml
+
+    text = file.read_text(encoding="utf-8")
+    values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+    package = re.match(r"(?:\s*\n)*#\s*@package\s+(\S+)", text)
+    prefix = group.replace("/", ".") if package is None else package[1].replace("_global_", "").replace("_group_", group)
+    below = [item for item in values.pop("defaults", []) if isinstance(item, dict)]
+    values.pop("hydra", None)
+    yield from _leaves(values, prefix)
+    for item in below:
+        for name, choice in item.items():
+            path = (PurePosixPath("/") / group / name.removeprefix("override ").split("@")[0].strip()).as_posix()[1:]
+            below_file = known.get(path, {}).get(chosen.get(path, choice))
+            if below_file is not None:
+                yield from _keys(below_file, path, chosen, known)
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, item in value.items():
+        if name != "_target_":
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))

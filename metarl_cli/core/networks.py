@@ -1,0 +1,141 @@
+"""Policy and value networks behind `init` and `apply`. Parameters are `{"body": ..., "head": ...}`.
+
+With `memories/`, the only place that knows flax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from metarl_cli.core.distributions import Categorical, DiagonalGaussian, Distribution
+from metarl_cli.core.memory import Memory
+from metarl_cli.core.rollout import Spaces
+from metarl_cli.core.types import Key, Params, Previous
+
+Activation = Literal["tanh", "relu"]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "relu": nn.relu}
+MIN_LOG_STD = jnp.log(1e-6).item()  # the floor of MAML's authors
+
+
+class MLP(nn.Module):
+    """Dense layers with an activation after each."""
+
+    widths: tuple[int, ...]
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in self.widths:
+            x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+        return x
+
+
+class PolicyHead(nn.Module):
+    """Features to a distribution over actions: a linear layer, and a standard deviation that no state changes."""
+
+    spec: Spaces
+    scale: float  # of the initial weights; small ones start close to a uniform policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Distribution:
+        init = nn.initializers.variance_scaling(self.scale, "fan_avg", "uniform")
+        outputs = nn.Dense(self.spec.action, kernel_init=init)(x)
+        if self.spec.discrete:
+            return Categorical(outputs)
+        log_std = self.param("log_std", nn.initializers.zeros, (self.spec.action,), outputs.dtype)
+        return DiagonalGaussian(outputs, jnp.broadcast_to(jnp.maximum(log_std, MIN_LOG_STD), outputs.shape))
+
+
+class ValueHead(nn.Module):
+    """Features to a value."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(1, kernel_init=nn.initializers.xavier_uniform())(x)[..., 0]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A feed-forward policy: an MLP and a head."""
+
+    spec: Spaces
+    widths: tuple[int, ...]
+    activation: Activation
+
+    @property
+    def body(self) -> MLP:
+        return MLP(self.widths, self.activation)
+
+    @property
+    def head(self) -> PolicyHead:
+        return PolicyHead(self.spec, scale=1.0)
+
+    def init(self, key: Key) -> Params:
+        key_body, key_head = jax.random.split(key)
+        observation = jnp.zeros(self.spec.observation)
+        body = self.body.init(key_body, observation)
+        features = self.body.apply(body, observation)
+        return {"body": body, "head": self.head.init(key_head, features)}
+
+    def apply(self, params: Params, observation: jax.Array) -> Distribution:
+        """`[..., D]` to a distribution with the same leading axes."""
+        features = self.body.apply(params["body"], observation)
+        return self.head.apply(params["head"], features)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class RecurrentActorCritic:
+    """A memory with a policy head and a value head on its features.
+
+    The input of a step is `[s_t, a_{t-1} (one-hot if discrete), r_{t-1}, done_{t-1}]` (Duan et al. 2016, section 2.2).
+    """
+
+    spec: Spaces
+    memory: Memory
+
+    @property
+    def policy_head(self) -> PolicyHead:
+        return PolicyHead(self.spec, scale=0.01)
+
+    @property
+    def value_head(self) -> ValueHead:
+        return ValueHead()
+
+    def init(self, key: Key) -> Params:
+        key_memory, key_policy, key_value = jax.random.split(key, 3)
+        features = jnp.zeros(self.memory.features)
+        return {
+            "memory": self.memory.init(key_memory, self.spec.observation + self.spec.action + 2),
+            "policy": self.policy_head.init(key_policy, features),
+            "value": self.value_head.init(key_value, features),
+        }
+
+    def inputs(self, observation: jax.Array, previous: Previous) -> jax.Array:
+        """`[..., D]` and the previous step to `[..., D + A + 2]`; an action beyond the box is told as it was carried out."""
+        if self.spec.discrete:
+            action = jax.nn.one_hot(previous.action, self.spec.action, dtype=observation.dtype)
+        else:
+            action = jnp.clip(previous.action, -1, 1)
+        scalars = jnp.stack([previous.reward, previous.done], axis=-1)
+        return jnp.concatenate([observation, action, scalars], axis=-1)
+
+    def step(self, params: Params, carry: Any, x: jax.Array) -> tuple[Any, Distribution, jax.Array]:
+        """One step while acting: the new carry, the policy and the value."""
+        carry, features = self.memory.step(params["memory"], carry, x)
+        return carry, *self.heads(params, features)
+
+    def sequence(self, params: Params, x: jax.Array) -> tuple[Distribution, jax.Array]:
+        """A whole trial `[T, D]` from a fresh carry: policies and values `[T]`."""
+        reset = jnp.zeros(x.shape[0], bool)
+        _, features = self.memory.sequence(params["memory"], self.memory.init_carry(), x, reset)
+        return self.heads(params, features)
+
+    def heads(self, params: Params, features: jax.Array) -> tuple[Distribution, jax.Array]:
+        policy = self.policy_head.apply(params["policy"], features)
+        return policy, self.value_head.apply(params["value"], features)  # type: ignore[return-value]

@@ -1,0 +1,121 @@
+"""2D navigation to an unknown goal (Finn et al. 2017, section 5.3), as the authors' code has it.
+
+The paper says "negative squared distance"; the code (cbfinn/maml_rl@9c8e2eb) and the published returns say the negative
+distance. The episode ends in the box |dx| < 0.01 and |dy| < 0.01 around the goal, or after `horizon` steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnax.environments import spaces
+from gymnax.environments.environment import Environment, EnvParams, EnvState
+
+from metarl_cli.core.interfaces import TaskFamily
+from metarl_cli.core.settings import FamilySettings, setting
+from metarl_cli.core.types import Batch, Key, pytree, static
+
+MAX_STEP = 0.1
+GOAL_BOX = 0.01
+
+
+@pytree
+class PointNavParams(EnvParams):
+    """One task: where the goal is."""
+
+    goal: jax.Array  # [2]
+    max_steps_in_episode: int = 100
+
+
+@pytree
+class PointNavState(EnvState):
+    position: jax.Array  # [2]
+    time: jax.Array
+
+
+class PointNavEnv(Environment[PointNavState, PointNavParams]):
+    """A point that starts at the origin and moves by at most 0.1 per axis and step."""
+
+    @property
+    def default_params(self) -> PointNavParams:
+        return PointNavParams(goal=jnp.full(2, 0.5))
+
+    def reset_env(self, key, params):
+        state = PointNavState(position=jnp.zeros(2), time=jnp.zeros((), int))
+        return state.position, state
+
+    def step_env(self, key, state, action, params):
+        position = state.position + jnp.clip(action, -MAX_STEP, MAX_STEP)
+        reward = -jnp.linalg.norm(position - params.goal)
+        state = PointNavState(position=position, time=state.time + 1)
+        return position, state, reward, self.is_terminated(state, params), {}
+
+    def is_terminated(self, state, params):
+        return jnp.all(jnp.abs(state.position - params.goal) < GOAL_BOX)
+
+    def action_space(self, params):
+        return spaces.Box(-MAX_STEP, MAX_STEP, (2,), dtype=jnp.float32)
+
+    def observation_space(self, params):
+        return spaces.Box(-jnp.inf, jnp.inf, (2,), dtype=jnp.float32)
+
+
+@pytree
+class PointNav(TaskFamily):
+    """Goals uniform in a square: `train` and `test` in |x|, |y| <= 0.5; `ood` in the frame between it and |x|, |y| <= 1."""
+
+    horizon: int = static()
+    episodes: int = static()
+    env: PointNavEnv = static()
+    prior: None = static(default=None)
+    splits: tuple[str, ...] = static(default=("train", "test", "ood"))
+
+    def sample(self, key: Key, split: str = "train") -> PointNavParams:
+        goal = jax.random.uniform(key, (2,), minval=-0.5, maxval=0.5)
+        if split == "ood":
+            # Uniform in the frame: a uniform direction in the maximum norm, its radius by area.
+            key_radius, key_direction = jax.random.split(key)
+            direction = jax.random.uniform(key_direction, (2,), minval=-1, maxval=1)
+            radius = jnp.sqrt(jax.random.uniform(key_radius, minval=0.25, maxval=1.0))
+            goal = radius * direction / jnp.max(jnp.abs(direction))
+        return PointNavParams(goal=goal, max_steps_in_episode=self.horizon)
+
+    def fixed(self, split: str) -> PointNavParams | None:
+        """The 40 goals on which the authors report."""
+        if split != "test":
+            return None
+        goals = np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2))
+        return PointNavParams(goal=jnp.asarray(goals, float), max_steps_in_episode=jnp.full(40, self.horizon))
+
+    def oracle(self, task: PointNavParams, observation: jax.Array) -> jax.Array:
+        """Straight to the goal, each axis as fast as it can."""
+        return jnp.clip(task.goal - observation, -MAX_STEP, MAX_STEP)
+
+    def expected(self, task: PointNavParams, state: PointNavState, action: jax.Array) -> None:
+        return None
+
+    def draw(self, axes: Any, task: PointNavParams, batch: Batch) -> None:
+        axes.add_patch(_square(0.5))
+        for path, valid in zip(batch.observation, batch.valid, strict=True):
+            axes.plot(path[valid, 0], path[valid, 1], color="C0", linewidth=0.7, alpha=0.5)
+        axes.plot(0, 0, "o", color="black", markersize=3)
+        axes.plot(*task.goal, "*", color="C1", markeredgecolor="black", markersize=10)
+        axes.set_aspect("equal")
+
+
+def _square(half_width: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    corner, width = (-half_width, -half_width), 2 * half_width
+    return Rectangle(corner, width, width, fill=False, linestyle=":", edgecolor="0.6")
+
+
+class PointNavSettings(FamilySettings):
+    horizon: int = setting("steps after which an episode is truncated", unit="steps", ge=1)
+    episodes: int = setting("length of a trial for learners that live through it episode by episode", unit="episodes", ge=1)
+
+    def build(self) -> PointNav:
+        return PointNav(horizon=self.horizon, episodes=self.episodes, env=PointNavEnv())
