@@ -1,0 +1,587 @@
+"""One run: config -> learner and family -> training -> evaluation, figures and `result.json`.
+
+The run directory is a documented format (README, "The run directory"). Whatever stops a run, what was computed is on disk,
+and `resume` goes on from there to the same bits as an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from metarl_cli.config import Composed, TrainConfig, build, from_run, save
+from metarl_cli.core.errors import ConfigError, MetarlError, RunError
+from metarl_cli.core.interfaces import MetaLearner, TaskFamily
+from metarl_cli.logs import MetricsFile, Progress, log_to, table
+
+CHUNK_SECONDS = 2.0  # what one call of train_chunk should take: Ctrl-C waits for its end
+SAVE_SECONDS = 20.0  # between checkpoints
+FREE_BYTES = 50_000_000  # a run needs a few megabytes; less than this and it is refused at the start
+SCHEMA_VERSION = 1
+
+
+class Interrupted(MetarlError):
+    """Stopped by Ctrl-C or SIGTERM after the state was saved."""
+
+    def __init__(self, run: Path, signum: int):
+        super().__init__(f"Interrupted; everything is saved. Go on with: metarl resume {run}")
+        self.exit_code = 128 + signum
+
+
+class Diverged(MetarlError):
+    """NaN or infinity in every seed."""
+
+    exit_code = 1
+
+
+def train(composed: Composed) -> Path:
+    """`metarl train`. Returns the run directory.
+
+    Raises:
+        MetarlError: everything that a user can mend. No directory is left behind by a mistake in the config.
+    """
+    console = Console()
+    configure_jax(composed.config)
+    learner, family = build(composed.config)
+    run = make_directory(composed)
+    from metarl_cli.checkpoint import RunLock
+
+    with RunLock(run), log_to(run, console) as log:
+        save(composed, run)
+        log.debug("metarl train %s", " ".join(composed.overrides))
+        Session(run, composed, learner, family, console).go_on()
+    return run
+
+
+def resume(run: Path, overrides: list[str]) -> Path:
+    """`metarl resume`: goes on with an interrupted run, or extends a finished one (`iterations=...`)."""
+    console = Console()
+    composed = from_run(run, overrides, allowed=("iterations", "device", "eval"))
+    configure_jax(composed.config)
+    learner, family = build(composed.config)
+    from metarl_cli.checkpoint import RunLock
+
+    with RunLock(run), log_to(run, console) as log:
+        session = Session(run, composed, learner, family, console)
+        session.restore()
+        save(composed, run)
+        log.info(f"resuming {run} at iteration {session.done} of {composed.config.iterations}")
+        session.go_on()
+    return run
+
+
+def evaluate(run: Path, overrides: list[str]) -> Path:
+    """`metarl eval`: evaluates a run again. Returns the new file; the recorded result is not touched."""
+    console = Console()
+    composed = from_run(run, overrides, allowed=("eval", "env", "device", "precision"))
+    configure_jax(composed.config)
+    learner, family = build(composed.config)
+    from metarl_cli import evaluation
+
+    config = composed.config
+    state = restore_learner(run, composed, learner, family)
+    result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
+    folder = run / "evaluations"
+    folder.mkdir(exist_ok=True)
+    stem = f"{config.eval.split}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    print_curve(result, composed, console)
+    write_arrays(folder / f"{stem}.npz", result.arrays() | {"seeds": seed_list(config)})
+    summary = {"schema_version": SCHEMA_VERSION, "overrides": overrides, "seeds": seed_list(config), "date": now()}
+    path = folder / f"{stem}.json"
+    write_json(path, summary | {"evaluation": {config.eval.split: result.summary()}, **provenance()})
+    console.print(f"Written to {path}", soft_wrap=True)
+    return path
+
+
+@dataclass
+class LoadedRun:
+    """A trained learner for a notebook.
+
+    `state` has a leading axis `[S]`, one entry per seed: `learner.trial(jax.tree.map(lambda x: x[0], run.state), ...)`.
+    """
+
+    path: Path
+    config: TrainConfig
+    learner: MetaLearner
+    family: TaskFamily
+    state: Any
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+
+
+def load(run: str | Path) -> LoadedRun:
+    """The trained learner of a run, its family and its results; from Python, `metarl_cli.load("runs/...")`.
+
+    Raises:
+        RunError: no run there, or a damaged file.
+    """
+    run = Path(run)
+    composed = from_run(run, [], allowed=())
+    configure_jax(composed.config)
+    learner, family = build(composed.config)
+    state = restore_learner(run, composed, learner, family)
+    result = json.loads(path.read_text()) if (path := run / "result.json").exists() else None
+    return LoadedRun(run, composed.config, learner, family, state, result, MetricsFile(run).read())
+
+
+class Session:
+    """A run while it is being trained."""
+
+    def __init__(self, run: Path, composed: Composed, learner: MetaLearner, family: TaskFamily, console: Console):
+        from metarl_cli import training
+
+        self.run, self.composed, self.learner, self.family, self.console = run, composed, learner, family, console
+        self.config = composed.config
+        self.seeds = seed_list(self.config)
+        self.state = training.init(learner, family, self.seeds)
+        self.best: dict[str, Any] | None = None
+        self.metrics = MetricsFile(run)
+        self.done = 0
+        self.steps = 0  # environment steps per seed
+        self.compile_seconds = self.train_seconds = 0.0
+        self.trained_steps = 0  # in this process, for the speed
+        self.started = time.monotonic()
+        self.saved = time.monotonic()
+        self.reported: set[int] = set()
+
+    def restore(self) -> None:
+        """From the last checkpoint, if there was time for one; the metrics are cut back to it."""
+        from metarl_cli import checkpoint
+
+        if checkpoint.latest(self.run, "last") is not None:
+            self.done, self.state = checkpoint.restore(self.run, "last", self.state)
+            if self.config.iterations <= self.done and (self.run / "result.json").exists():
+                raise ConfigError(
+                    "iterations",
+                    self.config.iterations,
+                    f"this run has already done {self.done} meta-iterations",
+                    hint=f"Extend it with a larger number: metarl resume {self.run} iterations={2 * self.done}",
+                )
+        if checkpoint.latest(self.run, "best") is not None:
+            _, best = checkpoint.restore(self.run, "best", self.best_like())
+            if int(best["evaluated_at"]) <= self.done:
+                self.best = best
+        self.metrics.cut_back(self.done)
+        rows = [row for row in self.metrics.read() if "steps" in row]
+        self.steps = rows[-1]["steps"] if rows else 0
+
+    def go_on(self) -> None:
+        """Trains to the end, evaluates and writes the result."""
+        with catch_signals(self.run) as check:
+            self.train(check)
+            self.finish(check)
+
+    def train(self, check: Any) -> None:
+        import jax.numpy as jnp
+
+        from metarl_cli import training
+
+        total, log_every, every = self.config.iterations, self.config.log_every, self.config.eval.every
+        with Progress(total, self.console) as progress:
+            progress.status("compiling")
+            began = time.monotonic()
+            args = (self.learner, self.family)
+            counts = (jnp.asarray(1), jnp.asarray(total), jnp.asarray(log_every))
+            chunk = training.train_chunk.lower(self.state, *args, *counts).compile()
+            self.compile_seconds = time.monotonic() - began
+            length = 1
+            while self.done < total:
+                check(self.save)
+                n = min(length, total - self.done, training.ROWS * log_every - self.done % log_every)
+                if every:
+                    n = min(n, every - self.done % every)
+                began = time.monotonic()
+                self.state, rows = chunk(self.state, *args, jnp.asarray(n), *counts[1:])
+                rows = {name: jnp.asarray(x) for name, x in rows.items()}
+                failed = self.state.failed_at.tolist()  # waits for the chunk
+                seconds = time.monotonic() - began
+                self.train_seconds += seconds
+                self.write_rows(rows, n, seconds, progress)
+                self.report_failures(failed)
+                # Doubled at most: the first chunk's time says little.
+                length = max(1, min(2 * length, int(CHUNK_SECONDS * n / seconds)))
+                if every and self.done % every == 0 and self.done < total:
+                    progress.status("evaluating")
+                    self.evaluate_and_keep_best()
+                if time.monotonic() - self.saved > SAVE_SECONDS:
+                    self.save()
+            self.save()
+
+    def write_rows(self, rows: dict[str, Any], n: int, seconds: float, progress: Progress) -> None:
+        import numpy as np
+
+        log_every = self.config.log_every
+        first, last = self.done // log_every, (self.done + n) // log_every
+        if self.done + n == self.config.iterations and (self.done + n) % log_every:
+            last += 1
+        rows = {name: np.asarray(x[: last - first], float) for name, x in rows.items()}
+        steps_before = self.steps
+        for row in range(last - first):
+            values = {name: x[row] for name, x in rows.items()}
+            self.steps += int(np.max(values.pop("steps")))
+            self.metrics.write(
+                {
+                    "iteration": min((first + row + 1) * log_every, self.config.iterations),
+                    "steps": self.steps,
+                    **{name: values[name] for name in sorted(values)},
+                    "seconds": round(time.monotonic() - self.started, 3),
+                    "steps_per_second": round((int(np.max(rows["steps"].sum(0))) * len(self.seeds)) / seconds, 1),
+                }
+            )
+        self.done += n
+        if last > first:
+            speed = (self.steps - steps_before) * len(self.seeds) / seconds
+            self.trained_steps += (self.steps - steps_before) * len(self.seeds)
+            before, after = (float(np.nanmean(rows[name][-1])) for name in ("return_before", "return_after"))
+            progress.update(self.done, before, after, speed)
+
+    def report_failures(self, failed_at: list[int]) -> None:
+        """Raises `Diverged` if no seed is left."""
+        import logging
+
+        from metarl_cli.training import quantities
+
+        names = quantities(self.state)
+        for i, at in enumerate(failed_at):
+            if at >= 0 and i not in self.reported:
+                self.reported.add(i)
+                logging.getLogger("metarl").warning(
+                    f"seed {self.seeds[i]}: {names[int(self.state.failed_by[i])]} turned NaN or infinite in meta-iteration "
+                    f"{at}; its last good state is kept."
+                )
+        if all(at >= 0 for at in failed_at):
+            self.save()
+            write_json(self.run / "result.json", self.result("diverged"))
+            raise Diverged(
+                f"Training diverged: {names[int(self.state.failed_by[0])]} turned NaN or infinite in meta-iteration "
+                f"{failed_at[0]} (seed {self.seeds[0]}). The last good state is in {self.run / 'checkpoints'}. "
+                "A smaller algo.lr, algo.inner_lr or algo.max_grad_norm may help."
+            )
+
+    def save(self) -> None:
+        from metarl_cli import checkpoint
+
+        checkpoint.save(self.run, "last", self.done, self.state)
+        self.saved = time.monotonic()
+
+    def best_like(self) -> dict[str, Any]:
+        import jax
+        import jax.numpy as jnp
+
+        n = len(self.seeds)
+        return {
+            "learner": jax.tree.map(jnp.copy, self.state.learner),
+            "score": jnp.full(n, -jnp.inf),
+            "iteration": jnp.zeros(n, int),
+            "evaluated_at": jnp.zeros((), int),
+        }
+
+    def evaluate_and_keep_best(self) -> None:
+        """Scores the present state by its mean trial return; each seed keeps its own best, the state that was scored."""
+        import jax
+        import jax.numpy as jnp
+
+        from metarl_cli import checkpoint, evaluation
+
+        result = evaluation.evaluate(self.learner, self.state.learner, self.family, self.config.eval, self.seeds)
+        score = jnp.asarray(result.trial_return.mean(1))
+        best = self.best or self.best_like()
+        better = score > best["score"]
+
+        def choose(new, old):
+            return jnp.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        self.best = {
+            "learner": jax.tree.map(choose, self.state.learner, best["learner"]),
+            "score": choose(score, best["score"]),
+            "iteration": choose(self.done, best["iteration"]),
+            "evaluated_at": jnp.asarray(self.done),
+        }
+        checkpoint.save(self.run, "best", self.done, self.best)
+        mean = result.returns.mean((1, 3))
+        self.metrics.write(
+            {
+                "iteration": self.done,
+                "evaluation": {
+                    "split": result.split,
+                    "trial_return": score,
+                    "return_before": mean[:, 0],
+                    "return_after": mean[:, -1],
+                },
+            }
+        )
+
+    def finish(self, check: Any) -> None:
+        """The final evaluation, the table, the files."""
+        import logging
+
+        from metarl_cli import evaluation
+
+        if self.config.eval.every:
+            self.evaluate_and_keep_best()
+        result = evaluation.evaluate(
+            self.learner, self.state.learner, self.family, self.config.eval, self.seeds, between=check
+        )
+        write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
+        summary = self.result("completed")
+        summary["evaluation"] = {result.split: result.summary()}
+        write_json(self.run / "result.json", summary)
+        print_curve(result, self.composed, self.console)
+        check()
+        try:
+            self.draw(result)
+        except OSError as error:
+            logging.getLogger("metarl").warning(f"the figures could not be written: {error}")
+        speed = summary["train"]
+        self.console.print(
+            f"\nTrained {speed['steps']:,} steps in {speed['wall_seconds']:.1f} s "
+            f"({speed['compile_seconds']:.1f} s of it compiling). Everything is in {self.run}",
+            soft_wrap=True,
+        )
+
+    def draw(self, result: Any) -> None:
+        import jax
+
+        from metarl_cli.report import figures
+
+        folder = self.run / "figures"
+        folder.mkdir(exist_ok=True)
+        rows = [row for row in self.metrics.read() if "evaluation" not in row]
+        figures.save(figures.learning_curve(rows), folder / "learning_curve")
+        figures.save(figures.adaptation_curve(result.curve(), label=self.composed.algo), folder / "adaptation_curve")
+        points = sorted({0, 1, result.returns.shape[2] - 1} & set(range(result.returns.shape[2])))
+        tasks = [jax.tree.map(lambda x, i=i: x[i], result.shown_tasks) for i in range(len(result.shown.valid))]
+        batches = [
+            [jax.tree.map(lambda x, i=i, p=p: x[i, p], result.shown) for p in points] for i in range(len(tasks))
+        ]
+        k = result.returns.shape[3]
+        titles = [f"after {p * k} episodes" for p in points]
+        figures.save(figures.trajectories(self.family, tasks, batches, titles), folder / "trajectories")
+
+    def result(self, status: str) -> dict[str, Any]:
+        best = None
+        if self.best is not None:
+            best = {"iteration": self.best["iteration"].tolist(), "trial_return": self.best["score"].tolist()}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "status": status,
+            "algorithm": self.composed.algo,
+            "family": self.composed.env,
+            "seeds": self.seeds,
+            "failed_seeds": [s for s, at in zip(self.seeds, self.state.failed_at.tolist(), strict=True) if at >= 0],
+            "date": now(),
+            "overrides": self.composed.overrides,
+            "train": {
+                "iterations": self.done,
+                "steps": self.steps,
+                "steps_per_second": self.trained_steps / max(self.train_seconds, 1e-9),
+                "compile_seconds": self.compile_seconds,
+                "wall_seconds": time.monotonic() - self.started,
+            },
+            "best": best,
+            **provenance(),
+        }
+
+
+def restore_learner(run: Path, composed: Composed, learner: MetaLearner, family: TaskFamily) -> Any:
+    """`[S, ...]`, from the last checkpoint; only the shapes of a fresh state are computed."""
+    import jax
+
+    from metarl_cli import checkpoint, training
+
+    like = jax.eval_shape(lambda: training.init(learner, family, seed_list(composed.config)))
+    return checkpoint.restore(run, "last", like)[1].learner
+
+
+def seed_list(config: TrainConfig) -> list[int]:
+    return list(range(config.seed, config.seed + config.seeds))
+
+
+# --- where and how
+
+
+def configure_jax(config: TrainConfig) -> None:
+    """Device, precision and the persistent compilation cache; before the first computation.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    import jax
+
+    if config.device != "auto":
+        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[config.device])
+    jax.config.update("jax_enable_x64", config.precision == "float64")
+    jax.config.update("jax_default_matmul_precision", {"bfloat16": "bfloat16"}.get(config.precision, "highest"))
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{cache}/metarl/jax")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ConfigError(
+            "device",
+            config.device,
+            f"JAX finds no such device ({str(error).splitlines()[0]})",
+            hint="Take device=cpu, or install the GPU build of JAX (README, 'GPU').",
+        ) from error
+
+
+@contextlib.contextmanager
+def catch_signals(run: Path) -> Iterator[Any]:
+    """Within the block Ctrl-C and SIGTERM only set a flag; the yielded `check(save)` acts on it between XLA calls.
+
+    A second Ctrl-C ends the process at once.
+    """
+    received: list[int] = []
+
+    def receive(signum: int, frame: Any) -> None:
+        if received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        received.append(signum)
+        print("\nStopping after this chunk; once more to end at once.", file=sys.stderr, flush=True)
+
+    def check(save: Any = None) -> None:
+        if received:
+            if save is not None:
+                save()
+            raise Interrupted(run, received[0])
+
+    try:
+        previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: somebody else's signals
+        yield check
+        return
+    try:
+        yield check
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+# --- files
+
+
+def make_directory(composed: Composed) -> Path:
+    """The new run's directory. One that was asked for has to be empty; the default gets a suffix where two runs meet.
+
+    Raises:
+        ConfigError: it is in use, cannot be written, or its disk is full.
+    """
+    run, key = composed.run_dir, "hydra.run.dir"
+    if not composed.run_dir_given:
+        original, n = run, 1
+        while run.exists():
+            n += 1
+            run = original.with_name(f"{original.name}-{n}")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConfigError(key, run, "already in use", hint="Take another directory, or `metarl resume` to go on there.")
+    created = [path for path in [run, *run.parents] if not path.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(run).free
+    except OSError as error:
+        _remove_empty(created)
+        raise ConfigError(key, run, f"cannot be written ({error.strerror})", hint="Take another directory.") from error
+    if free < FREE_BYTES:
+        _remove_empty(created)
+        raise ConfigError(
+            key, run, f"only {free / 1e6:.0f} MB are free on this disk, a run needs {FREE_BYTES / 1e6:.0f} MB"
+        )
+    return run
+
+
+def _remove_empty(created: list[Path]) -> None:
+    for path in created:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """All of it or nothing."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}. Check the free space.") from error
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    import numpy as np
+
+    try:
+        np.savez_compressed(path, **arrays)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}. Check the free space.") from error
+
+
+# --- what is printed and recorded
+
+
+def print_curve(result: Any, composed: Composed, console: Console) -> None:
+    summary = result.summary()
+    s, n, _, k = result.returns.shape
+    curve = summary["curve"]
+    rows = [
+        (p["episodes"], round(p["steps"]), p["mean"], f"[{p['ci_low']:.2f}, {p['ci_high']:.2f}]", p["iqm"])
+        for p in (curve if len(curve) <= 12 else [*curve[:5], *curve[-5:]])
+    ]
+    over = curve[0]["interval_over"]
+    title = f"\n{composed.algo} on {composed.env}, {n} {result.split} tasks, {s} seed{'s' if s > 1 else ''}"
+    table(title, ("episodes", "steps", "return", f"95% over {over}", "iqm"), rows, console)
+    total = summary["trial_return"]
+    console.print(
+        f"trial return (sum over {result.returns.shape[2] * k} episodes): "
+        f"{total['mean']:.2f} [{total['ci_low']:.2f}, {total['ci_high']:.2f}]",
+        highlight=False,
+    )
+
+
+def provenance() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    packages = ("metarl", "jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "hydra-core", "orbax-checkpoint")
+    stats = device.memory_stats() or {}
+    return {
+        "memory": {
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "peak_device_bytes": stats.get("peak_bytes_in_use"),
+        },
+        "device": {"platform": device.platform, "kind": device.device_kind, "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """Of the source tree that metarl runs from, if it is one; `-dirty` if it has changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
