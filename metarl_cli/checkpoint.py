@@ -1,9 +1,9 @@
 """The training state on disk, exactly, and the lock of a run directory.
 
-`run/checkpoints/<last|best>/<iteration>/` holds an orbax PyTree checkpoint (`arrays/`: one flat dict, dotted leaf name ->
-array, readable with orbax alone) and `manifest.json`: the name, shape and dtype of every leaf and the SHA-256 of every
-file. A folder with a number for a name is always complete: it is written under another name, synced and then renamed, and
-its predecessor is moved out of the way and deleted only afterwards.
+`run/checkpoints/<last|best>/<iteration>/` holds an orbax PyTree checkpoint (`arrays/`: one flat dict from dotted leaf
+names to arrays, readable with orbax alone) and `manifest.json`: the name, shape and dtype of every leaf and the SHA-256
+of every file. A folder with a number for a name is always complete: it is written under another name, synced and then
+renamed, and its predecessor is moved out of the way and deleted only afterwards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,10 +76,15 @@ def save(run: Path, name: Name, iteration: int, state: Any) -> None:
         _remove_leftovers(folder)
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
         _log.debug("saving the checkpoint failed", exc_info=True)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        shutil.rmtree(new, ignore_errors=True)
+        reason = str(error)
+        if code := re.search(r"os_error_code='(\d+)'", reason):
+            reason = os.strerror(int(code[1]))
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise RunError(
             f"{final}: the checkpoint cannot be written: {reason}. Check the free space and the permissions there; "
-            "an earlier checkpoint is still in place."
+            "what was saved before is still in place."
         ) from error
 
 
@@ -88,8 +94,8 @@ def restore(run: Path, name: Name, like_state: Any) -> tuple[int, Any]:
     Args:
         run: the run directory.
         name: `last` or `best`.
-        like_state: a pytree of the expected structure, concrete or abstract (`jax.eval_shape`). Its leaves also say what
-            to return: a JAX array, a numpy array or a Python number.
+        like_state: a pytree of the expected structure, concrete or abstract (`jax.eval_shape`). Its leaves also say
+            what to return: a JAX array, a numpy array or a Python number.
 
     Returns:
         The iteration and the state.
@@ -100,7 +106,8 @@ def restore(run: Path, name: Name, like_state: Any) -> tuple[int, Any]:
     folder = _newest(run / "checkpoints" / name)
     if folder is None:
         raise RunError(
-            f"{run / 'checkpoints' / name} holds no checkpoint. Was the run stopped before its first one? Then train again."
+            f"{run / 'checkpoints' / name} holds no checkpoint. "
+            "If the run was stopped before it saved the first one, train again."
         )
     manifest = _read_manifest(folder / "manifest.json")
     for relative, expected in manifest["files"].items():
@@ -162,7 +169,7 @@ class RunLock:
                 ) from None
             except OSError as error:
                 file.close()
-                raise RunError(f"{path} cannot be locked: {error.strerror}. Take a directory on a local disk.") from error
+                raise RunError(f"{path} cannot be locked: {error.strerror}. Take a local disk.") from error
             # The one before us deletes the file it held: then we have locked a file that nobody else can find.
             if _same_file(path, file.fileno()):
                 self._file = file
@@ -186,7 +193,7 @@ class RunLock:
 
 
 def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -224,8 +231,9 @@ def _check_fit(folder: Path, saved: dict[str, str], expected: dict[str, str]) ->
         there, here = saved.get(leaf, "missing"), expected.get(leaf, "unknown")
         if there != here:
             raise RunError(
-                f"{folder} does not fit: it was saved by another algorithm or with other settings. The first difference is "
-                f"`{leaf}`: {there} in the checkpoint, {here} in this configuration. Use the settings in config.yaml of the run."
+                f"{folder} does not fit: it was saved by another algorithm or with other settings. "
+                f"The first difference is `{leaf}`: {there} in the checkpoint, {here} in this configuration. "
+                "Use the settings in config.yaml of the run."
             )
 
 
@@ -316,7 +324,7 @@ def _quiet_orbax() -> Iterator[Any]:
 
     absl = logging.getLogger("absl")
     level = absl.level
-    absl.setLevel(logging.ERROR)
+    absl.setLevel(logging.CRITICAL + 1)  # an error that it logs is raised as well, and told by us
     try:
         yield ocp
     finally:

@@ -1,15 +1,17 @@
 """What a run says: log.txt, metrics.jsonl, the progress display and tables on the console.
 
-On a terminal rich draws; anywhere else (a pipe, a file, a dumb terminal) plain lines are printed. `NO_COLOR` is respected.
+On a terminal rich draws, and respects `NO_COLOR`; anywhere else (a pipe, a dumb terminal) plain lines are printed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,11 +29,15 @@ from metarl_cli.core.errors import RunError
 logger = logging.getLogger("metarl")
 
 
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path} cannot be written: {error.strerror}. Check the free space and the permissions there.")
+
+
 # --- log.txt
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints the bare message; warnings and errors say what they are. Goes through rich, so that it stands above the bar."""
+    """Prints the bare message; warnings and errors say what they are. Through rich, so that it stands above the bar."""
 
     def __init__(self, console: Console):
         super().__init__(logging.INFO)
@@ -45,15 +51,16 @@ class _ConsoleHandler(logging.Handler):
 
 @contextlib.contextmanager
 def log_to(run: Path, console: Console) -> Iterator[logging.Logger]:
-    """Within the block, log.txt gets every message (`metarl` from DEBUG on, with stack traces, other libraries from WARNING
-    on, Python's warnings) and the console those of `metarl` from INFO on, without stack traces.
+    """Within the block, log.txt gets every message (`metarl` from DEBUG on, with stack traces, other libraries from
+    WARNING on, Python's warnings) and the console those of `metarl` from INFO on, without stack traces.
 
     A resumed run goes on in the same file.
     """
+    path = run / "log.txt"
     try:
-        file = logging.FileHandler(run / "log.txt", encoding="utf-8")
+        file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{run / 'log.txt'} cannot be written: {error.strerror}. Check the permissions there.") from error
+        raise _unwritable(path, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = _ConsoleHandler(console)
     root, level = logging.getLogger(), logger.level
@@ -93,7 +100,7 @@ class MetricsFile:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise _unwritable(self.path, error) from error
 
     def cut_back(self, iteration: int) -> None:
         """Drops the lines of later iterations and a half-written last one, as if the run had stopped at `iteration`."""
@@ -109,7 +116,7 @@ class MetricsFile:
                 os.fsync(file.fileno())
             new.replace(self.path)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise _unwritable(self.path, error) from error
 
     def read(self) -> list[dict[str, Any]]:
         """All complete lines; none where there is no file yet. A half-written last line is left out.
@@ -131,9 +138,6 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _unwritable(self, error: OSError) -> RunError:
-        return RunError(f"{self.path} cannot be written: {error.strerror}. Check the free space and the permissions there.")
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -171,12 +175,15 @@ def live(console: Console) -> bool:
 
 
 def say(text: str, console: Console, style: str = "") -> None:
-    """Prints text as it is: brackets are no markup, numbers are not coloured. A terminal wraps between words, never in a path."""
-    console.print(Text(text, style=style, overflow="ignore"), crop=False, soft_wrap=not live(console))
+    """Prints text as it is: brackets are no markup, numbers are not coloured, and no path is wrapped in the middle."""
+    if live(console):
+        fill = functools.partial(textwrap.fill, width=console.width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(fill(line) for line in text.split("\n"))
+    console.print(Text(text, style=style), soft_wrap=True)
 
 
 class Progress:
-    """How far the training is: a bar on a terminal; elsewhere a line about every tenth of the way, the first and the last.
+    """How far the training is: a bar on a terminal; elsewhere the first line, the last and one about every tenth part.
 
     with Progress(total=100, console=console) as progress:
         progress.status("compiling")
@@ -189,7 +196,9 @@ class Progress:
         self._status = ""
         self._before = self._after = self._rate = math.nan
         self._start = self._since = self._last = time.monotonic()  # of the run, the status, the last update
-        self._first: tuple[int, float] | None = None  # iteration and time of the first update: what is left is reckoned from it
+        self._first: tuple[int, float] | None = (
+            None  # iteration and time of the first update: compiling comes before it
+        )
         self._tenth = -1
         self._live = Live(self, console=console, refresh_per_second=4) if live(console) else None
 
@@ -211,6 +220,8 @@ class Progress:
         self._status, self._since = text, time.monotonic()
         if self._live is None:
             say(f"{text} ...", self.console)
+        else:
+            self._live.refresh()
 
     def update(self, iteration: int, before: float, after: float, steps_per_second: float) -> None:
         """`iteration` meta-iterations are done; `before` and `after` are mean returns before and after adaptation."""
@@ -241,7 +252,7 @@ class Progress:
         yield line
 
     def _parts(self) -> tuple[str, str, str, str]:
-        """Iteration, returns (or the status), steps per second, time left (or taken); empty where there is nothing to say."""
+        """Iteration, returns (or the status), steps per second, time left (or taken); empty where there is nothing."""
         iteration = f"iteration {self.iteration:{len(str(self.total))}d}/{self.total}"
         if self._status:
             return iteration, f"{self._status} ...", "", f"{clock(time.monotonic() - self._since)} so far"

@@ -1,9 +1,9 @@
 """Means, interquartile means and bootstrap intervals over seeds and tasks. Numpy only.
 
-All learners of a comparison, hence all seeds, meet the same tasks: a table of results `[S, N]` is crossed, not nested. The
-bootstrap therefore draws seeds and tasks with replacement and a drawn task brings all of its seeds (the "pigeonhole"
-bootstrap, Owen 2007, arXiv:0712.1111). Drawing tasks afresh within each drawn seed would treat the S results on one task as
-independent; with hard and easy tasks its intervals are too narrow by up to a factor sqrt(S).
+All learners of a comparison, hence all seeds, meet the same tasks: a table of results `[S, N]` is crossed, not nested.
+The bootstrap therefore draws seeds and tasks with replacement, and a drawn task brings all of its seeds (Owen 2007's
+"pigeonhole" bootstrap). Drawing tasks afresh within each drawn seed would treat the S results on one task as
+independent; with hard and easy tasks such intervals are too narrow by up to a factor sqrt(S).
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def bootstrap(
     for start in range(0, n, chunk):
         of_seeds = drawn_seeds[start : start + chunk]
         of_tasks = rng.integers(tasks, size=(len(of_seeds), tasks))
-        results.append(_means(values, of_seeds, of_tasks) if statistic is np.mean else _general(values, of_seeds, of_tasks, statistic))
+        if statistic is np.mean:
+            results.append(_means(values, of_seeds, of_tasks))
+        else:
+            results.append(_general(values, of_seeds, of_tasks, statistic))
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(results), (tail, 1 - tail), axis=0)
     return low, high
@@ -75,8 +78,8 @@ def summarise(values: Array) -> dict[str, Any]:
         values: `[S, N]`.
 
     Returns:
-        `mean`, `iqm`, `ci_low`, `ci_high` (95 % bootstrap interval of the mean), `n_tasks`, `n_seeds` and `interval_over`:
-        `seeds, tasks`, or `tasks` where there is one seed.
+        `mean`, `iqm`, `ci_low`, `ci_high` (95 % bootstrap interval of the mean), `n_tasks`, `n_seeds` and
+        `interval_over`: `seeds, tasks`, or `tasks` where there is one seed.
     """
     return summarise_curve(np.asarray(values)[:, :, None])[0]
 

@@ -1,5 +1,5 @@
-"""Figures of a run, in one style, good enough for a paper: column width, fonts that stay readable, colours that stay apart
-for the colour-blind (Okabe and Ito) and in grey.
+"""Figures of a run, in one style, good enough for a paper: column width, fonts that stay readable, colours that stay
+apart for the colour-blind (Okabe and Ito) and in grey.
 
 Every function returns a figure; `save` writes it as SVG (text as paths: it looks the same everywhere; no date: the same
 figure is the same file) and PNG. Matplotlib is imported late, and without pyplot: no window system, no global state.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-BEFORE, AFTER, ACCENT, NEUTRAL = "#E69F00", "#0072B2", "#D55E00", "#767676"
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
+CYCLE = (BLUE, "#D55E00", "#009E73", ORANGE, "#CC79A7", "#56B4E9", "#000000")  # `C0`, `C1` ... in `TaskFamily.draw`
 COLUMN, TEXT = 3.4, 7.0  # inches: one column, and the width of a page's text
-_LINES = 200  # points of a curve beyond which it is averaged
+_LINES = 200  # points of a learning curve beyond which it is averaged
+_DASHES = ("--", ":", "-.", (0, (6, 1)), (0, (1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8,
     "axes.titlesize": 8,
@@ -37,6 +40,10 @@ _STYLE: dict[str, Any] = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
+    "legend.handlelength": 1.3,
+    "legend.columnspacing": 1.0,
+    "legend.handletextpad": 0.5,
+    "legend.borderpad": 0,
     "axes.linewidth": 0.6,
     "axes.edgecolor": "#404040",
     "axes.labelcolor": "#202020",
@@ -54,21 +61,21 @@ _STYLE: dict[str, Any] = {
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.4,
-    "axes.unicode_minus": True,
     "figure.facecolor": "white",
     "svg.fonttype": "path",
     "svg.hashsalt": "metarl",
-    "path.simplify": True,
 }
 
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
     import matplotlib
+    from cycler import cycler
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not what the user's matplotlibrc says
         matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams["axes.prop_cycle"] = cycler(color=CYCLE)
         yield
 
 
@@ -92,35 +99,38 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 @_styled
-def learning_curve(rows: Sequence[Mapping[str, Any]], label: str = "") -> Figure:
+def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Return before and after adaptation against the environment steps of the training.
 
-    Thin lines are seeds, the thick one their mean, the band one standard deviation of the seeds to either side.
+    Thin lines are seeds, the thick one their mean, the band one standard deviation of the seeds to either side. More
+    than 200 lines of metrics are averaged in windows; with one seed the unaveraged ones stay visible behind.
 
     Args:
         rows: the lines of metrics.jsonl, at least one; `None` (NaN) leaves a gap in that seed.
-        label: what was trained, e.g. `maml on point_nav`.
     """
-    figure, axes = _figure(COLUMN, 2.4)
+    figure = _figure(COLUMN, 2.3)
+    axes = figure.add_subplot()
     steps = np.array([row["steps"] for row in rows], np.float64)
     scale, unit = _unit(steps.max())
     seeds = 1
-    for key, name, colour in (("return_before", "before", BEFORE), ("return_after", "after", AFTER)):
+    for key, name, colour in (("return_before", "before", ORANGE), ("return_after", "after", BLUE)):
         values = np.array([np.atleast_1d(np.asarray(row[key], np.float64)) for row in rows])  # [rows, S]
         seeds = values.shape[1]
         window = -(-len(rows) // _LINES)
         x, smooth = _window_means(steps / scale, window), _window_means(values, window)
         mean, spread = _mean_and_deviation(smooth)
         if seeds > 1:
-            axes.plot(x, smooth, color=colour, linewidth=0.4, alpha=0.55, zorder=2)
+            axes.plot(x, smooth, color=colour, linewidth=0.4, alpha=0.45, zorder=2)
             axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0, zorder=1)
         elif window > 1:
             axes.plot(steps / scale, values, color=colour, linewidth=0.3, alpha=0.35, zorder=1)
         axes.plot(x, mean, color=colour, label=f"{name} adaptation", zorder=3, marker="o" if len(x) == 1 else None)
-    axes.set_xlabel(f"training experience ({unit}environment steps per seed)")
+    if seeds > 1:
+        axes.fill_between([], [], color=GREY, alpha=0.3, linewidth=0, label=f"±1 s.d., {seeds} seeds")
+    axes.set_xlabel(f"environment steps in training ({unit}per seed)")
     axes.set_ylabel("return of an episode")
-    axes.set_xlim(left=0)
-    _legend(figure, axes, title=f"mean ± s.d. of {seeds} seeds" if seeds > 1 else None, label=label)
+    axes.set_xlim(0, 1.02 * steps.max() / scale)
+    _legend(figure, [axes], columns=3)
     return figure
 
 
@@ -135,23 +145,24 @@ def adaptation_curve(
         label: of the curve, e.g. `maml`.
         references: name -> return, drawn as horizontal lines, e.g. `{"oracle": -3.2}`.
     """
-    figure, axes = _figure(COLUMN, 2.4)
-    episodes, steps, mean, low, high = (
-        np.array([point[key] for point in curve], np.float64) for key in ("episodes", "steps", "mean", "ci_low", "ci_high")
-    )
-    over = "seeds and tasks" if curve[0].get("n_seeds", 1) > 1 else "tasks"
-    axes.fill_between(episodes, low, high, color=AFTER, alpha=0.22, linewidth=0, label=f"95 % interval over {over}", zorder=1)
-    marked = {"marker": "o", "markersize": 3.5} if len(curve) <= 40 else {}
-    if marked:
-        axes.vlines(episodes, low, high, color=AFTER, linewidth=0.8, zorder=2)
-    axes.plot(episodes, mean, color=AFTER, label=label, zorder=3, **marked)
-    for (name, value), dashes in zip((references or {}).items(), _DASHES, strict=False):
-        axes.axhline(value, color=NEUTRAL, linewidth=0.9, linestyle=dashes, label=name, zorder=1.5)
+    figure = _figure(COLUMN, 2.5)
+    axes = figure.add_subplot()
+    keys = ("episodes", "steps", "mean", "ci_low", "ci_high")
+    episodes, steps, mean, low, high = (np.array([point[key] for point in curve], np.float64) for key in keys)
+    marked = len(curve) <= 40
+    axes.plot(episodes, mean, color=BLUE, label=label, zorder=3, marker="o" if marked else None, markersize=3.5)
+    over = "seeds and tasks" if curve[0]["n_seeds"] > 1 else "tasks"
+    band = f"95 % interval over {over}"
+    axes.fill_between(episodes, low, high, color=BLUE, alpha=0.22, linewidth=0, label=band, zorder=1)
+    if marked:  # the interval belongs to the points, not to the lines between them
+        axes.vlines(episodes, low, high, color=BLUE, linewidth=0.8, zorder=2)
+    for (name, value), dashes in zip((references or {}).items(), itertools.cycle(_DASHES)):
+        axes.axhline(value, color=GREY, linewidth=0.9, linestyle=dashes, label=name, zorder=1.5)
     axes.set_xlabel("experience in the new task (episodes)")
     axes.set_ylabel("return of an episode")
     if not np.array_equal(episodes, steps) and len(curve) > 1:
         _steps_axis(axes, episodes, steps)
-    _legend(figure, axes)
+    _legend(figure, [axes], columns=2)
     return figure
 
 
@@ -161,6 +172,9 @@ def trajectories(
 ) -> Figure:
     """What the learner did in M tasks (columns) at C moments of a trial (rows), drawn by the family.
 
+    All panels share their limits; where the family asks for an equal aspect they are squares. Labels of what the family
+    draws become the legend.
+
     Args:
         family: draws each panel (`TaskFamily.draw`).
         tasks: M tasks, unbatched, numpy.
@@ -169,47 +183,54 @@ def trajectories(
     """
     rows, columns = len(titles), len(tasks)
     side = min(1.75, TEXT / columns)
-    figure, _ = _figure(side * columns + 0.35, side * rows + 0.2, empty=True)
+    figure = _figure(side * columns + 0.4, side * rows + 0.5)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for m, task in enumerate(tasks):
         for c, title in enumerate(titles):
             axes = panels[c, m]
             axes.grid(False)
             family.draw(axes, task, batches[m][c])
-            axes.label_outer()
-            if c == 0:
-                axes.set_title(f"task {m + 1}")
             if m == 0:
-                below = axes.get_ylabel()
-                axes.set_ylabel(f"{title}\n{below}".strip())
+                axes.set_ylabel("\n".join(part for part in (title, axes.get_ylabel()) if part))
+            axes.label_outer()
+        panels[0, m].set_title(f"task {m + 1}")
+    if panels[0, 0].get_aspect() == 1:
+        _square(panels[0, 0])
+    _legend(figure, panels.flat, columns=4)
     return figure
 
 
 # --- parts
 
-_DASHES = ("--", ":", "-.", (0, (6, 1)), (0, (1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 
-
-def _figure(width: float, height: float, empty: bool = False) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot() if not empty else None  # type: ignore[return-value]
+    return Figure(figsize=(width, height), layout="constrained")  # its canvas is Agg's
 
 
-def _legend(figure: Figure, axes: Axes, title: str | None = None, label: str = "") -> None:
-    """Above the axes: there it covers no data."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, title=title)
+def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
+    """Above the axes, where it covers no data; what several panels show stands there once."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+
+
+def _square(axes: Axes) -> None:
+    """The same span on both axes, around the middle of what is there."""
+    x, y = axes.get_xlim(), axes.get_ylim()
+    half = max(x[1] - x[0], y[1] - y[0]) / 2
+    axes.set(xlim=(sum(x) / 2 - half, sum(x) / 2 + half), ylim=(sum(y) / 2 - half, sum(y) / 2 + half))
 
 
 def _steps_axis(axes: Axes, episodes: np.ndarray, steps: np.ndarray) -> None:
     """A second axis on top, in environment steps; between points and beyond them the line is straight."""
     scale, unit = _unit(steps.max())
 
-    def line(x: np.ndarray, of: np.ndarray, to: np.ndarray) -> np.ndarray:
+    def line(x: Any, of: np.ndarray, to: np.ndarray) -> np.ndarray:
         inside = np.interp(x, of, to)
         below = to[0] + (x - of[0]) * (to[1] - to[0]) / (of[1] - of[0])
         above = to[-1] + (x - of[-1]) * (to[-1] - to[-2]) / (of[-1] - of[-2])
