@@ -1,4 +1,4 @@
-"""What config files there are. Reads YAML as plain text, so that help, `metarl list` and completion need neither Hydra nor JAX."""
+"""What config files there are, read as plain text: help, `metarl list` and completion need neither Hydra nor JAX."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def groups(config_dir: Path | None = None) -> Groups:
 
 def headline(file: Path) -> str:
     """The first comment line that is no directive such as `# @package _global_`."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         text = line.removeprefix("#").strip()
         if text and not text.startswith("@"):
             return text if line.startswith("#") else ""
@@ -63,31 +63,33 @@ def defaults(chosen: dict[str, str], config_dir: Path | None = None) -> dict[str
     Args:
         chosen: group to name, e.g. `{"algo": "rl2"}`, where it differs from the default.
     """
-    return dict(_keys(configs() / "train.yaml", "", chosen, groups(config_dir)))
+    return dict(keys(configs() / "train.yaml", "", chosen, groups(config_dir)))
 
 
-def _keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Iterator[tuple[str, Any]]:
+def keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Iterator[tuple[str, Any]]:
+    """The dotted keys and values that a file and its defaults list set. `group` is where it stands, e.g. `algo`."""
     import yaml
 
     text = file.read_text(encoding="utf-8")
     values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
     package = re.match(r"(?:\s*\n)*#\s*@package\s+(\S+)", text)
-    prefix = group.replace("/", ".") if package is None else package[1].replace("_global_", "").replace("_group_", group)
+    prefix = group.replace("/", ".") if package is None else package[1].replace("_global_", "")
     below = [item for item in values.pop("defaults", []) if isinstance(item, dict)]
     values.pop("hydra", None)
-    yield from _leaves(values, prefix)
+    yield from leaves(values, prefix)
     for item in below:
         for name, choice in item.items():
             path = (PurePosixPath("/") / group / name.removeprefix("override ").split("@")[0].strip()).as_posix()[1:]
-            below_file = known.get(path, {}).get(chosen.get(path, choice))
+            below_file = known.get(path, {}).get(chosen.get(path, str(choice)))
             if below_file is not None:
-                yield from _keys(below_file, path, chosen, known)
+                yield from keys(below_file, path, chosen, known)
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys, without the `_target_`s."""
     if not isinstance(value, dict):
         yield key, value
         return
     for name, item in value.items():
         if name != "_target_":
-            yield from _leaves(item, f"{key}.{name}" if key else str(name))
+            yield from leaves(item, f"{key}.{name}" if key else str(name))

@@ -1,0 +1,370 @@
+"""argv to command. Imports nothing heavy: `metarl --help`, `metarl list` and completion answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metarl_cli.core.errors import MetarlError
+
+if TYPE_CHECKING:
+    from metarl_cli.config import Composed
+
+_HELP = """\
+metarl: trains, evaluates and shows meta-reinforcement learners
+
+usage: metarl COMMAND ...
+
+  train [OVERRIDES]        train a learner on a task family, then evaluate it on held-out tasks
+  eval RUN [OVERRIDES]     evaluate a finished run again: other splits, budgets or family settings
+  resume RUN [OVERRIDES]   continue an interrupted run, or extend a finished one
+  list [KIND]              what there is: algos, envs, memories
+  completion bash|zsh      print the completion script for the shell
+
+  metarl COMMAND --help    more about a command
+  metarl --version
+
+example: metarl train algo=maml env=point_nav seed=3
+"""
+
+_TRAIN = """\
+usage: metarl train [-m] [--config-dir DIR] [KEY=VALUE ...]
+
+Trains a learner on a task family, evaluates it on held-out tasks and writes
+everything into a run directory, runs/<algo>_<env>/<time>.
+
+  -m, --multirun           one run for each combination of comma-separated
+                           values: metarl train -m seed=0,1 algo=maml,rl2
+  --config-dir DIR         YAML files of your own, laid out like ours
+                           (DIR/algo/mine.yaml), in addition to them
+  -h, --help               this text; with overrides, every key of that config
+
+Choices:
+{choices}
+
+Keys that are often set:
+  seed=3                   the first seed
+  seeds=5                  five seeds side by side in one program
+  iterations=200           meta-iterations
+  device=cpu               auto, cpu or gpu
+  precision=float64        float32, float64 or bfloat16
+  eval.split=ood           the held-out tasks: train, test or ood
+  eval.tasks=100           how many of them
+  eval.every=10            evaluate while training too, keep the best checkpoint
+  algo.lr=3e-4             outer learning rate
+  algo.inner_lr=0.05       step of the adaptation (maml)
+  algo.inner_steps=2       adaptation steps in training (maml)
+  algo.outer=trpo          outer optimiser (maml)
+  algo.meta_batch=40       tasks of a meta-iteration
+  algo.gamma=0.95          discount
+  env.horizon=50           steps of an episode (point_nav)
+  env.k=10 env.n=100       arms, and pulls of a trial (bandit)
+  hydra.run.dir=PATH       the run directory
+
+metarl train algo=maml --help lists every key with its unit, range and default.
+metarl list says what the choices are.
+"""
+
+_EVAL = """\
+usage: metarl eval RUN [KEY=VALUE ...]
+
+Evaluates a finished run again and writes RUN/evaluations/<name>.json. What the
+run has recorded itself stays as it is.
+
+  eval.split=ood           other tasks: train, test or ood
+  eval.tasks=100           how many
+  eval.episodes=20         another budget of episodes in each
+  eval.seed=1              another draw of tasks
+  env.KEY=VALUE            another setting of the family
+  device=cpu               elsewhere than before
+
+example: metarl eval runs/maml_point_nav/2031-05-01_12-00-00 eval.split=ood
+"""
+
+_RESUME = """\
+usage: metarl resume RUN [KEY=VALUE ...]
+
+Continues an interrupted run from its last checkpoint, as if it had never stopped.
+
+  iterations=500           a finished run goes on to that many meta-iterations
+  device=cpu               elsewhere than before
+  eval.KEY=VALUE           another evaluation at the end
+"""
+
+_LIST = """\
+usage: metarl list [algos|envs|memories] [--config-dir DIR]
+
+What there is to train and to train on, with one line each.
+
+  --config-dir DIR         your own YAML files as well
+"""
+
+_COMPLETION = """\
+usage: metarl completion bash|zsh
+
+Prints the completion script. For bash, add to ~/.bashrc:   eval "$(metarl completion bash)"
+For zsh, add to ~/.zshrc after compinit:                    eval "$(metarl completion zsh)"
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for a mistake of the user's, 1 for one of ours."""
+    try:
+        code = _command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except MetarlError as error:
+        return _report(error)
+    except BrokenPipeError:  # `metarl list | head -1`; the interpreter would complain once more when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _report(MetarlError("interrupted"), 130)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return _report(
+            MetarlError("this is a bug in metarl. Please report it with the lines above and the command."), 1
+        )
+
+
+def _command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    name, *words = argv
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"metarl {version('metarl')}")
+        return 0
+    if name == "_complete":
+        from metarl_cli.completion import candidates
+
+        for candidate in candidates(words, _COMMANDS):
+            print(candidate)
+        return 0
+    if name.startswith("-"):
+        known = ("--help", "--version")
+        raise MetarlError(
+            f"{name}: there is no such option before the command: --help, --version.{_nearest(name, known)}"
+        )
+    if name not in _COMMANDS:
+        hint = f" Did you mean `metarl train {name}`?" if "=" in name else _nearest(name, _COMMANDS)
+        raise MetarlError(f"{name}: there is no such command. Commands: {', '.join(_COMMANDS)}.{hint}")
+    return _COMMANDS[name](words)
+
+
+def _train(words: list[str]) -> int:
+    options, overrides = _options("train", words, {"--multirun": False, "--config-dir": True})
+    config_dir = Path(options["--config-dir"]) if "--config-dir" in options else None
+    if "--help" in options and not overrides:
+        import textwrap
+
+        from metarl_cli import catalogue
+
+        choices = [
+            textwrap.fill(f"  {group + '=':<25}{', '.join(files)}", 80, subsequent_indent=" " * 27)
+            for group, files in catalogue.groups(config_dir).items()
+        ]
+        print(_TRAIN.format(choices="\n".join(choices)), end="")
+        return 0
+    from metarl_cli import config
+
+    if "--help" in options:
+        _print_keys(config.compose(overrides, config_dir))
+        return 0
+    if "--multirun" in options:
+        return _sweep(overrides, config_dir)
+    composed = config.compose(overrides, config_dir)
+    from metarl_cli import runner
+
+    runner.train(composed)
+    return 0
+
+
+def _sweep(overrides: list[str], config_dir: Path | None) -> int:
+    """Each run stands for itself: a failed one is reported and the next begins, unless the user interrupted it."""
+    from metarl_cli import config
+
+    codes = []
+
+    def job(overrides: list[str]) -> None:
+        print(f"\nRun {len(codes)}: {' '.join(overrides[:-1])}", flush=True)  # the last one is its directory
+        try:
+            composed = config.compose(overrides, config_dir)
+            from metarl_cli import runner
+
+            runner.train(composed)
+            codes.append(0)
+        except MetarlError as error:
+            codes.append(_report(error))
+            if codes[-1] > 128:  # ended by a signal
+                raise SystemExit(codes[-1]) from None
+
+    try:
+        config.sweep(overrides, config_dir, job)
+    except SystemExit:
+        return codes[-1]
+    failed = [str(number) for number, code in enumerate(codes) if code]
+    print(f"\n{len(codes)} runs, " + (f"failed: {', '.join(failed)}." if failed else "none failed."))
+    return max(codes, default=0)
+
+
+def _eval(words: list[str]) -> int:
+    options, words = _options("eval", words, {})
+    if "--help" in options:
+        print(_EVAL, end="")
+        return 0
+    run, overrides = _run_and_overrides("eval", words)
+    from metarl_cli import runner
+
+    runner.evaluate(run, overrides)
+    return 0
+
+
+def _resume(words: list[str]) -> int:
+    options, words = _options("resume", words, {})
+    if "--help" in options:
+        print(_RESUME, end="")
+        return 0
+    run, overrides = _run_and_overrides("resume", words)
+    from metarl_cli import runner
+
+    runner.resume(run, overrides)
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    options, kinds = _options("list", words, {"--config-dir": True})
+    if "--help" in options:
+        print(_LIST, end="")
+        return 0
+    from metarl_cli import catalogue
+
+    for kind in kinds:
+        if kind not in catalogue.KINDS:
+            raise MetarlError(
+                f"{kind}: there is no such list. Lists: {', '.join(catalogue.KINDS)}.{_nearest(kind, catalogue.KINDS)}"
+            )
+    known = catalogue.groups(Path(options["--config-dir"]) if "--config-dir" in options else None)
+    for kind in kinds or catalogue.KINDS:
+        group = catalogue.KINDS[kind]
+        if len(kinds) != 1:
+            print(f"{kind} ({group}=NAME)")
+        for name, file in known.get(group, {}).items():
+            print(f"{'' if len(kinds) == 1 else '  '}{name:<16}{catalogue.headline(file)}")
+    return 0
+
+
+def _completion(words: list[str]) -> int:
+    options, shells = _options("completion", words, {})
+    if "--help" in options:
+        print(_COMPLETION, end="")
+        return 0
+    from metarl_cli.completion import BASH, ZSH
+
+    scripts = {"bash": BASH, "zsh": ZSH}
+    if len(shells) != 1 or shells[0] not in scripts:
+        raise MetarlError(f"completion {' '.join(shells)}".strip() + ": name one shell, bash or zsh.")
+    print(scripts[shells[0]], end="")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "resume": _resume,
+    "list": _list,
+    "completion": _completion,
+}
+
+
+def _options(command: str, words: list[str], takes_value: dict[str, bool]) -> tuple[dict[str, str], list[str]]:
+    """Splits options from the other words, in any order.
+
+    Args:
+        takes_value: the long names this command knows beside `--help`, and whether a value belongs to them.
+    """
+    takes_value = {**takes_value, "--help": False}
+    found: dict[str, str] = {}
+    others: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = {"-h": "--help", "-m": "--multirun"}.get(name, name)
+        if name not in takes_value:
+            hint = _nearest(name, takes_value, cutoff=0.7)
+            if not hint and name.startswith("--"):
+                hint = f" Keys are set without dashes: {name[2:]}={value if equals else 'VALUE'}."
+            raise MetarlError(f"{word}: metarl {command} has no such option: {', '.join(takes_value)}.{hint}")
+        if takes_value[name] and not equals:
+            value = next(remaining, "")
+        if takes_value[name] != bool(value):
+            raise MetarlError(f"{word}: this option takes {'a' if takes_value[name] else 'no'} value.")
+        found[name] = value
+    return found, others
+
+
+def _run_and_overrides(command: str, words: list[str]) -> tuple[Path, list[str]]:
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        raise MetarlError(f"{command}: which run? The run directory comes first: metarl {command} RUN [KEY=VALUE ...].")
+    return Path(words[0]), words[1:]
+
+
+def _print_keys(composed: Composed) -> None:
+    """Every key of a config as a table."""
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from metarl_cli import config
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title, style in (("key", "cyan"), ("default", ""), ("allowed", ""), ("what it is", "")):
+        table.add_column(title, style=style, no_wrap=title == "key", overflow="fold")
+    names = {"algo": f"algo={composed.algo}", "env": f"env={composed.env}"}
+    section = ""
+    for row in config.rows(composed):
+        inside = row.key.rpartition(".")[0]
+        if inside != section:
+            section = inside
+            table.add_row()
+            if section in names:
+                table.add_row(Text(names[section], style="bold"))
+        allowed = row.allowed.replace("an integer", "integer").replace("a number", "number")
+        allowed += f" ({row.unit})" if row.unit else ""
+        table.add_row(*map(Text, (row.key, row.value, allowed, row.description)))
+    Console(width=shutil.get_terminal_size((120, 24)).columns).print(table)
+    print("\nWhat this command line sets stands in place of the default.")
+
+
+def _nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str:
+    import difflib
+
+    nearest = difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def _report(error: MetarlError, code: int = 2) -> int:
+    """Prints one paragraph for each line of the message and returns the exit code."""
+    sys.stdout.flush()
+    for line in str(error).splitlines():
+        text = f"metarl: {line}"
+        if sys.stderr.isatty():
+            import shutil
+            import textwrap
+
+            width = shutil.get_terminal_size().columns
+            text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+        print(text, file=sys.stderr)
+    return getattr(error, "exit_code", code)

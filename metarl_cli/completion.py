@@ -1,0 +1,105 @@
+"""Shell completion. The scripts ask `metarl _complete WORDS...`, which reads file names and YAML only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from metarl_cli import catalogue
+from metarl_cli.core.errors import MetarlError
+
+# A candidate that is complete ends with a space; one that ends with `=`, `.` or `/` is to be continued.
+BASH = r"""# metarl completion for bash: add this line to ~/.bashrc
+#     eval "$(metarl completion bash)"
+_metarl() {
+    local line=${COMP_LINE:0:COMP_POINT} word words IFS=$' \t\n'
+    read -r -a words <<< "$line"
+    [[ $line == *[[:space:]] ]] && words+=("")
+    word=${words[${#words[@]} - 1]}
+    IFS=$'\n'
+    COMPREPLY=($("$1" _complete "${words[@]:1}" 2> /dev/null))
+    # Bash takes a word to begin anew after `=`, so what stands before must not be repeated.
+    [[ $word == *=* && $COMP_WORDBREAKS == *=* ]] && COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*=}"}"}")
+}
+complete -o nospace -F _metarl metarl
+"""
+
+ZSH = r"""#compdef metarl
+# metarl completion for zsh: add this line to ~/.zshrc, after compinit
+#     eval "$(metarl completion zsh)"
+_metarl() {
+    local -a found
+    found=("${(@f)$("${words[1]}" _complete "${(@Q)words[2,CURRENT]}" 2> /dev/null)}")
+    found=(${found:#})
+    compadd -Q -S ' ' -- ${${(M)found:#* }% }
+    compadd -Q -S '' -- ${found:#* }
+}
+if [[ $funcstack[1] == _metarl ]]; then _metarl "$@"; else compdef _metarl metarl; fi
+"""
+
+
+def candidates(words: list[str], commands: Iterable[str]) -> list[str]:
+    """What the last of the words may become; the words follow `metarl` on the command line."""
+    *before, word = words or [""]
+    if not before:
+        found = [f"{name} " for name in (*commands, "--help", "--version")]
+    elif before[0] == "train":
+        found = _train(before[1:], word)
+    elif before[0] in ("eval", "resume"):
+        found = _run(before, word)
+    else:
+        rest = {"list": tuple(catalogue.KINDS), "completion": ("bash", "zsh")}.get(before[0], ())
+        found = [f"{name} " for name in rest] if len(before) == 1 else []
+    return sorted({name for name in found if name.startswith(word)})
+
+
+def _train(before: list[str], word: str) -> list[str]:
+    if before and before[-1] == "--config-dir":
+        return _directories(word)
+    try:
+        own = Path(before[before.index("--config-dir") + 1]) if "--config-dir" in before else None
+        known = catalogue.groups(own)
+    except (IndexError, MetarlError):
+        own, known = None, catalogue.groups()
+    group, equals, _ = word.partition("=")
+    if equals:
+        return [f"{group}={name} " for name in known.get(group, ())]
+    if word.startswith("-"):
+        return ["--help ", "--multirun ", "--config-dir "]
+    chosen = dict(other.split("=", 1) for other in before if "=" in other)
+    keys = [*catalogue.defaults(chosen, own), "hydra.run.dir"]
+    return [f"{name}=" for name in known] + _steps(keys, word)
+
+
+def _run(before: list[str], word: str) -> list[str]:
+    """`metarl eval RUN ...` and `metarl resume RUN ...`."""
+    if len(before) == 1:
+        return _directories(word or ("runs/" if Path("runs").is_dir() else ""))
+    import yaml
+
+    sections = {"eval": ("eval", "env", "device"), "resume": ("eval", "iterations", "device")}[before[0]]
+    try:
+        config = yaml.safe_load((Path(before[1]) / "config.yaml").read_text(encoding="utf-8"))
+        keys = [key for key, _ in catalogue.leaves({name: config[name] for name in sections})]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return []
+    return _steps(keys, word)
+
+
+def _steps(keys: list[str], word: str) -> list[str]:
+    """The keys, each as far as the next dot after what has been typed."""
+    found = []
+    for key in keys:
+        section, dot, _ = key[len(word) :].partition(".")
+        found.append(f"{word}{section}." if dot else f"{key}=")
+    return [name for name, key in zip(found, keys, strict=True) if key.startswith(word)]
+
+
+def _directories(word: str) -> list[str]:
+    """Directories that continue a path; one that holds a run is complete."""
+    head = word[: word.rfind("/") + 1]
+    parent = Path(head or ".").expanduser()
+    if not parent.is_dir():
+        return []
+    inside = [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return [f"{head}{path.name}{' ' if (path / 'config.yaml').is_file() else '/'}" for path in inside]

@@ -1,0 +1,758 @@
+"""Composes the config with Hydra, validates it and builds what it describes. Every mistake ends as a `ConfigError`.
+
+Hydra merges the YAML files and knows the groups; the `key=value` overrides are applied here, so that each way of
+misspelling a key ends at one place, pydantic's `extra="forbid"`, and gets the same answer.
+
+Configs never execute code. A `_target_` names a class only where a kind of settings is to be chosen (`algo`, `env`,
+`algo.memory`), is imported only from metarl_cli or a package that the user named in `plugins=[...]`, and has to be a
+subclass of what is expected there. Hydra's own `_target_`s are those of its plugins. Resolvers that could read the
+environment or decode text do not exist while a config is composed and resolved.
+
+`config.yaml` in a run directory is the resolved config with one more key, `choices`, which says what the groups were:
+
+    choices: {algo: maml, env: point_nav}
+    seed: 0
+    ...
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import itertools
+import os
+import re
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, ValidationError
+
+from metarl_cli import catalogue
+from metarl_cli.core.errors import ConfigError, MetarlError, RunError
+from metarl_cli.core.settings import AlgoSettings, EvalSettings, FamilySettings, Settings, setting
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+    from metarl_cli.core.interfaces import MetaLearner, TaskFamily
+
+_RESOLVERS = {"hydra", "now", "oc.select", "python_version"}
+_HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
+_HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+_CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
+
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class TrainConfig(Settings):
+    """One run of `metarl train`."""
+
+    seed: int = setting("the first seed", ge=0)
+    seeds: int = setting("how many seeds train side by side in one program: seed, seed+1, ...", ge=1)
+    iterations: int = setting("length of the training", unit="meta-iterations", ge=1)
+    log_every: int = setting("meta-iterations averaged in one line of metrics.jsonl", ge=1)
+    device: Literal["auto", "cpu", "gpu"] = setting("where it runs; auto: on the GPU where JAX finds one")
+    precision: Literal["float32", "float64", "bfloat16"] = setting("of all numbers; bfloat16: of matrix products only")
+    plugins: Names = setting("packages whose classes the YAML files may name; on the command line only")
+    eval: EvalSettings
+    algo: AlgoSettings
+    env: FamilySettings
+
+
+class Composed(NamedTuple):
+    """A validated config and where it comes from."""
+
+    config: TrainConfig
+    resolved: dict[str, Any]  # plain, interpolations resolved, without Hydra's part; `_target_`s included
+    overrides: list[str]
+    run_dir: Path
+    run_dir_given: bool
+    algo: str
+    env: str
+
+
+class Row(NamedTuple):
+    """One key of a config, as the help shows it."""
+
+    key: str
+    value: str
+    unit: str
+    allowed: str
+    description: str
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Composed:
+    """The config of one run. Creates nothing on disk.
+
+    Args:
+        overrides: as typed: `key=value`, `group=name`, `hydra.run.dir=PATH`.
+        config_dir: the user's own configs, added to ours.
+
+    Raises:
+        ConfigError: for the first mistake; `MetarlError` with one line for each where there are several.
+    """
+    from hydra import compose as hydra_compose
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    known = catalogue.groups(config_dir)
+    with _hydra():
+        parsed = [_parse(override, known) for override in overrides]
+        for override in parsed:
+            if override.is_sweep_override():
+                raise _several_values(override, known)
+        for_hydra, for_us = _split(parsed, known)
+        with _hydra_errors(known):
+            lines = [*_search_path(config_dir), *(str(override.input_line) for override in for_hydra)]
+            config = hydra_compose("train", lines, return_hydra_config=True)
+        _check_hydra(config)
+        HydraConfig.instance().set_config(config)
+        choices = {group: config.hydra.runtime.choices.get(group) for group in ("algo", "env")}
+        OmegaConf.set_struct(config, False)
+        _apply(config, for_us)
+        if config.get("plugins") and not any(override.key_or_group == "plugins" for override in for_us):
+            raise ConfigError(
+                "plugins",
+                _show(OmegaConf.to_container(config.plugins)),
+                "a YAML file may not name the packages it trusts",
+                hint="If you trust them, say so on the command line.",
+            )
+        run_dir = Path(_resolve(config, "hydra.run.dir")).expanduser()
+        del config["hydra"]
+        resolved = _resolve(config)
+    return Composed(
+        config=validate(resolved, choices, known),
+        resolved=resolved,
+        overrides=list(overrides),
+        run_dir=run_dir,
+        run_dir_given=any(override.key_or_group == "hydra.run.dir" for override in for_hydra),
+        algo=str(choices["algo"]),
+        env=str(choices["env"]),
+    )
+
+
+def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> Composed:
+    """The config of an existing run, changed by `key=value` overrides.
+
+    Args:
+        allowed: the top-level keys that may change.
+
+    Raises:
+        RunError: where the directory is no run, or its `config.yaml` is damaged.
+        ConfigError: for a mistake in the overrides.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    file = _config_of(run)
+    try:
+        stored = OmegaConf.load(file)
+        recorded: Any = OmegaConf.to_container(stored)
+    except Exception as error:  # of the file system, the encoding, YAML or OmegaConf
+        raise RunError(f"{file}: cannot be read: {_first_line(error)}. Start the run again.") from None
+    choices = recorded.pop("choices", None) if isinstance(recorded, dict) else None
+    if not isinstance(stored, DictConfig) or not isinstance(choices, dict) or choices.keys() != {"algo", "env"}:
+        raise RunError(f"{file}: is no config of a metarl run: `choices` with `algo` and `env` is missing.")
+    try:
+        config = validate(recorded, choices)
+    except MetarlError as error:
+        raise RunError(f"{file}: damaged, or written by another version of metarl. {error}") from None
+
+    with _hydra():
+        parsed = [_parse(override, {}) for override in overrides]
+        for override in parsed:
+            key, value = override.key_or_group, _show(override.value())
+            if override.is_sweep_override():
+                raise ConfigError(key, _text(override), "takes one value here")
+            if key.split(".")[0] not in allowed:
+                raise ConfigError(key, value, "cannot be changed in an existing run", allowed=allowed)
+            if key in ("algo", "env") and not isinstance(override.value(), dict):
+                raise ConfigError(key, value, "a run keeps its own", hint=f"Change its settings: {key}.KEY=VALUE.")
+        if parsed:
+            del stored["choices"]
+            _apply(stored, parsed)
+            recorded = _resolve(stored)
+            config = validate(recorded, choices)
+    with suppress(OSError, ValueError):
+        overrides = [*(str(line) for line in OmegaConf.load(run / "overrides.yaml")), *overrides]
+    return Composed(config, recorded, list(overrides), run, True, str(choices["algo"]), str(choices["env"]))
+
+
+def save(composed: Composed, run_dir: Path) -> None:
+    """Writes `config.yaml` and `overrides.yaml`, each at once or not at all."""
+    import yaml
+
+    choices = {"algo": composed.algo, "env": composed.env}
+    for name, content in (
+        ("config.yaml", {"choices": choices, **composed.resolved}),
+        ("overrides.yaml", composed.overrides),
+    ):
+        temporary = run_dir / f".{name}"
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(temporary, run_dir / name)
+
+
+def build(config: TrainConfig) -> tuple[MetaLearner, TaskFamily]:
+    """The learner and its family; settings that do not fit together show here, before anything is compiled."""
+    family = config.env.build()
+    if config.eval.split not in family.splits:
+        raise ConfigError("eval.split", config.eval.split, "the family has no such split", allowed=family.splits)
+    learner = config.algo.build(family)
+    learner.plan(family, config.eval)
+    return learner, family
+
+
+def sweep(overrides: Sequence[str], config_dir: Path | None, job: Callable[[list[str]], object]) -> None:
+    """Runs several configs one after the other, through Hydra's sweeper and launcher (`metarl train -m`).
+
+    Every value is tried first, so that a mistake in the last of them shows before the first starts.
+
+    Args:
+        job: called with the overrides of one run, its `hydra.run.dir` among them.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    known = catalogue.groups(config_dir)
+    with _hydra() as hydra:
+        parsed = [_parse(override, known, hydra) for override in overrides]
+        for override in parsed:
+            if override.key_or_group == "hydra.run.dir":
+                raise ConfigError(
+                    "hydra.run.dir",
+                    _text(override),
+                    "with -m every run has a directory of its own",
+                    hint="Set hydra.sweep.dir, the directory of them all.",
+                )
+        for single in _each_value(parsed):
+            compose(single, config_dir)
+
+        def task(_: DictConfig) -> None:
+            this = HydraConfig.get()
+            directory = Path(this.runtime.output_dir)
+            # Hydra has made it already; a mistake in this run should leave none behind.
+            with suppress(OSError):
+                directory.rmdir()
+            if directory.is_relative_to(Path.cwd()):
+                directory = directory.relative_to(Path.cwd())
+            job([*this.overrides.task, f"hydra.run.dir={_quote(str(directory))}"])
+
+        lines = [*_search_path(config_dir), *overrides]
+        with _hydra_errors(known):
+            _check_hydra(hydra.compose_config("train", lines, RunMode.MULTIRUN))
+        hydra.multirun("train", task, lines, with_log_configuration=False)
+
+
+def rows(composed: Composed) -> Iterator[Row]:
+    """Every key of the config, for `metarl train ... --help`."""
+    for section in _sections(_root(composed.resolved)):
+        for name, field in section.cls.model_fields.items():
+            if name not in section.below:
+                extra = field.json_schema_extra
+                unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+                allowed = describe(field.annotation, field.metadata)
+                yield Row(section.path(name), _show(section.values[name]), unit, allowed, field.description or "")
+
+
+def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What values a setting takes, in words that follow `must be`: `an integer >= 1`, `true or false` ..."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return describe(arguments[0], [*arguments[1:], *metadata])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else describe(part, metadata) for part in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (tuple, list):
+        return f"a list, each {describe(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return "a section with keys of its own"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    bounds = []
+    for constraint in itertools.chain.from_iterable(getattr(item, "metadata", [item]) for item in metadata):
+        for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+            if (bound := getattr(constraint, name, None)) is not None:
+                bounds.append(f"{sign} {bound}")
+    return " ".join([words.get(annotation, str(annotation)), " and ".join(bounds)]).strip()
+
+
+# Validation
+
+
+class _Section(NamedTuple):
+    """A part of the config with the class that validates it."""
+
+    key: str  # "algo.memory"; empty at the top
+    cls: type[Settings]
+    values: dict[str, Any]  # what is no section itself
+    below: dict[str, _Section]
+
+    def path(self, name: str) -> str:
+        return f"{self.key}.{name}" if self.key else name
+
+
+def validate(
+    resolved: dict[str, Any], choices: dict[str, Any] | None = None, known: catalogue.Groups | None = None
+) -> TrainConfig:
+    """The config as its class.
+
+    Args:
+        resolved: see `Composed`.
+        choices: group to name, for messages.
+        known: the config files there are, for messages.
+
+    Raises:
+        ConfigError: for the first mistake; `MetarlError` with one line for each where there are several.
+    """
+    root = _root(resolved)
+    errors: list[ConfigError] = []
+    config = _instance(root, root, errors, choices or {}, known or {})
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise MetarlError("\n".join(map(str, errors)))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _root(resolved: dict[str, Any]) -> _Section:
+    plugins = resolved.get("plugins")
+    names = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
+    return _section(TrainConfig, resolved, "", ("metarl_cli", *names))
+
+
+def _section(expected: type[Settings], data: dict[str, Any], key: str, trusted: tuple[str, ...]) -> _Section:
+    """Finds the classes of a part of the config and of everything below it."""
+    values = dict(data)
+    cls = expected
+    if inspect.isabstract(expected):
+        cls = _locate(values.pop("_target_", None), expected, key, trusted)
+    elif "_target_" in values:
+        where = f"{key}._target_" if key else "_target_"
+        raise ConfigError(where, _show(values["_target_"]), "no class may be named here, only in algo and env")
+    section = _Section(key, cls, values, {})
+    for name, field in cls.model_fields.items():
+        inner = _settings_class(field.annotation)
+        if inner is not None and isinstance(values.get(name), dict):
+            section.below[name] = _section(inner, values.pop(name), section.path(name), trusted)
+    return section
+
+
+def _settings_class(annotation: Any) -> type[Settings] | None:
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Settings):
+            return part
+    return None
+
+
+def _locate(target: Any, expected: type[Settings], key: str, trusted: tuple[str, ...]) -> type[Settings]:
+    """The class that a `_target_` names. Nothing outside the trusted packages is imported."""
+    where = f"{key}._target_"
+
+    def refuse(problem: str, hint: str = "") -> ConfigError:
+        return ConfigError(where, _show(target), problem, hint=hint)
+
+    def is_trusted(module: str) -> bool:
+        return any(module == package or module.startswith(f"{package}.") for package in trusted)
+
+    if target is None:
+        raise ConfigError(where, None, f"is missing: the class, a subclass of {expected.__name__}")
+    if not isinstance(target, str) or not _CLASS_PATH.fullmatch(target):
+        raise refuse("is not the path of a class, such as package.module.Class")
+    module_name, _, name = target.rpartition(".")
+    is_ours = module_name.startswith("metarl_cli.")
+    if not is_trusted(module_name):
+        raise refuse(
+            f"only classes of {', '.join(trusted)} may be named here",
+            f"If you trust the package, add plugins=[{target.split('.')[0]}] to the command line.",
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        hint = "" if is_ours else "A package of your own has to be installed or on PYTHONPATH."
+        raise refuse(f"there is no module {error.name}", hint) from None
+    except Exception as error:  # whatever the plug-in's own code raises
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise refuse(
+            f"the module cannot be imported: {type(error).__name__}: {_first_line(error)}",
+            f"See {frame.filename}, line {frame.lineno}.",
+        ) from error
+    cls = getattr(module, name, None)
+    if not inspect.isclass(cls) or not is_trusted(cls.__module__):
+        names = [n for n, item in vars(module).items() if inspect.isclass(item) and issubclass(item, expected)]
+        raise refuse(f"{module_name} defines no class {name}", _did_you_mean(name, names))
+    if not issubclass(cls, expected) or inspect.isabstract(cls):
+        raise refuse(f"is no {expected.__name__} that can be used")
+    return cls
+
+
+def _instance(
+    section: _Section, root: _Section, errors: list[ConfigError], choices: dict[str, Any], known: catalogue.Groups
+) -> Settings | None:
+    """The section as an instance of its class; mistakes are added to `errors`."""
+    below = {name: _instance(child, root, errors, choices, known) for name, child in section.below.items()}
+    try:
+        return section.cls.model_validate(section.values | {k: v for k, v in below.items() if v is not None})
+    except ValidationError as error:
+        seen = set()
+        for detail in error.errors():
+            name = str(detail["loc"][0]) if detail["loc"] else ""
+            if name in seen or below.get(name, ...) is None:
+                continue  # one message for a key, and none for a section that has its own
+            seen.add(name)
+            errors.append(_mistake(section, name, detail, root, choices, known))
+        return None
+
+
+def _mistake(
+    section: _Section, name: str, detail: Any, root: _Section, choices: dict[str, Any], known: catalogue.Groups
+) -> ConfigError:
+    """One of pydantic's errors in our words."""
+    key, value = section.path(name), section.values.get(name)
+    if detail["type"] == "extra_forbidden":
+        while isinstance(value, dict) and len(value) == 1:  # `alg.lr=1` is {alg: {lr: 1}} by now
+            ((inner, value),) = value.items()
+            key = f"{key}.{inner}"
+        return _unknown_key(key, value, section, root, choices, known)
+    field = section.cls.model_fields.get(name)
+    if field is None:  # a check of the class as a whole
+        return ConfigError(section.key or "config", None, str(detail["msg"]))
+    allowed = describe(field.annotation, field.metadata)
+    if detail["type"] == "missing":
+        return ConfigError(key, None, f"has no value; it must be {allowed}", hint=f"Add {key}=VALUE.")
+    if detail["type"] in ("value_error", "assertion_error"):
+        return ConfigError(key, _show(value), str(detail["ctx"]["error"]))
+    if typing.get_origin(field.annotation) is Literal:
+        return ConfigError(key, _show(value), "no such choice", allowed=typing.get_args(field.annotation))
+    if not re.match(r".*_type$|int_from|greater|less", detail["type"]):
+        return ConfigError(key, _show(value), str(detail["msg"]).replace("Input should", "must"))
+    hint = f"Write {int(value)}." if isinstance(value, float) and value.is_integer() and "integer" in allowed else ""
+    return ConfigError(key, _show(value), f"must be {allowed}", hint=hint)
+
+
+def _unknown_key(
+    key: str, value: Any, section: _Section, root: _Section, choices: dict[str, Any], known: catalogue.Groups
+) -> ConfigError:
+    every = [part.path(name) for part in _sections(root) for name in part.cls.model_fields if name not in part.below]
+    here = [section.path(name) for name in section.cls.model_fields]
+    last = key.rpartition(".")[2]
+    same_name = [other for other in every if other.rpartition(".")[2] == last]
+    # The same name elsewhere, then a similar name here, then a similar path anywhere, then a similar name anywhere.
+    nearest = same_name or difflib.get_close_matches(key, here, n=1, cutoff=0.75)
+    nearest = nearest or difflib.get_close_matches(key, every, n=1, cutoff=0.75)
+    if not nearest:
+        similar = difflib.get_close_matches(last, {other.rpartition(".")[2] for other in every}, n=1)
+        nearest = [other for other in every if other.rpartition(".")[2] in similar]
+    hints = [f"Did you mean {' or '.join(nearest)}?"] if nearest else []
+    group = key.split(".")[0]
+    if group in choices:
+        others = [name for name in known.get(group, ()) if name != choices[group] and _has_key(group, name, key, known)]
+        if others:
+            hints.append(f"{' and '.join(f'{group}={name}' for name in others)}, not {group}={choices[group]}, has it.")
+    hints.append(f"Keys of {section.key}: " if section.key else "Keys at the top: ")
+    hints[-1] += f"{', '.join(section.cls.model_fields)}."
+    return ConfigError(key, _show(value), "no such key", hint=" ".join(hints))
+
+
+def _has_key(group: str, name: str, key: str, known: catalogue.Groups) -> bool:
+    """Whether another file of the group sets the key."""
+    with suppress(Exception):  # a file that cannot be read is not to hide the mistake that is being reported
+        return key in dict(catalogue.keys(known[group][name], group, {}, known))
+    return False
+
+
+def _sections(section: _Section) -> Iterator[_Section]:
+    yield section
+    for below in section.below.values():
+        yield from _sections(below)
+
+
+# Hydra
+
+
+@contextmanager
+def _hydra() -> Iterator[Hydra]:
+    """Hydra on our configs, with harmless resolvers only. Afterwards all is as it was."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.basecontainer import BaseContainer
+
+    outer, outer_config, resolvers = GlobalHydra().hydra, HydraConfig().cfg, dict(BaseContainer._resolvers)
+    GlobalHydra().clear()
+    try:
+        with initialize_config_dir(str(catalogue.configs()), job_name="metarl", version_base="1.3"):
+            for name in BaseContainer._resolvers.keys() - _RESOLVERS:
+                OmegaConf.clear_resolver(name)
+            hydra = GlobalHydra().hydra
+            assert hydra is not None
+            yield hydra
+    finally:
+        GlobalHydra().hydra, HydraConfig().cfg, BaseContainer._resolvers = outer, outer_config, resolvers
+
+
+def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None) -> Override:
+    """One override. `hydra` is needed where a sweep is to be expanded."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = line.partition("=")
+    if not equals and not line.startswith("~"):
+        choices = [f"{group}={line}" for group, files in known.items() if line in files]
+        raise ConfigError(
+            line or "''",
+            None,
+            "an override has the form key=value, without spaces around `=`",
+            hint=f"Did you mean {choices[0]}?" if choices else "",
+        )
+    try:
+        parser = OverridesParser.create(hydra.config_loader if hydra else None)
+        (override,) = parser.parse_overrides([line])
+    except HydraException:
+        if value.startswith("~"):
+            hint = "Hydra does not know `~`: write $HOME."
+        else:
+            hint = (
+                "Brackets and quotes have to be closed. A value that holds brackets, commas, quotes or `=` is quoted, "
+                f"once more for the shell: {key}=\"'...'\"."
+            )
+        raise ConfigError(key, value, "cannot be read", hint=hint) from None
+    name, is_group = override.key_or_group, override.key_or_group in known
+    if not name or (override.package is not None and not is_group):
+        raise ConfigError(key, value, "this is no key", hint="A key looks like algo.lr.")
+    if override.is_delete():
+        raise ConfigError(name, None, "a key cannot be deleted, each needs a value", hint="Give it another one.")
+    if override.is_hydra_override() and not name.replace("/", ".").startswith(_HYDRA_KEYS):
+        hints = {"hydra.searchpath": "Use --config-dir.", "hydra.mode": "Use -m."}
+        raise ConfigError(name, value, "cannot be set", allowed=_HYDRA_KEYS, hint=hints.get(name, ""))
+    if is_group and not override.is_sweep_override() and not isinstance(override.value(), dict):
+        _check_choice(name, override.value(), known)
+    return override
+
+
+def _check_choice(group: str, value: Any, known: catalogue.Groups) -> None:
+    if not isinstance(value, str) or value not in known[group]:
+        problem = f"no such {catalogue.noun(group)}"
+        raise ConfigError(group, _show(value), problem, allowed=known[group])
+
+
+def _split(parsed: list[Override], known: catalogue.Groups) -> tuple[list[Override], list[Override]]:
+    """What Hydra has to know before it merges the files, and the values, which we set ourselves."""
+    for_hydra, for_us = [], []
+    for override in parsed:
+        is_choice = override.key_or_group in known and not isinstance(override.value(), dict)
+        (for_hydra if is_choice or override.is_hydra_override() else for_us).append(override)
+    return for_hydra, for_us
+
+
+def _search_path(config_dir: Path | None) -> list[str]:
+    return [] if config_dir is None else [f"hydra.searchpath=[{_quote(f'file://{config_dir.absolute()}')}]"]
+
+
+@contextmanager
+def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
+    """What goes wrong while the files are merged, in our words."""
+    from hydra.errors import MissingConfigException
+    from yaml import MarkedYAMLError
+
+    try:
+        yield
+    except MetarlError:
+        raise
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        problem = f"no such {catalogue.noun(group)}"
+        raise ConfigError(group, name, problem, allowed=error.options or known.get(group)) from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+        raise ConfigError(where, None, f"is not valid YAML: {error.problem or error.context}") from None
+    except Exception as error:  # Hydra raises many types, with several lines each
+        cause = error.__cause__ if not str(error).strip() and error.__cause__ else error
+        if match := re.search(r"Could not override '(.+?)'(?s:.*use \+.+?=(.*))?", str(cause)):
+            key = match[1].split("@")[0]
+            if key not in known:
+                raise ConfigError(key, match[2], "no such key") from None
+            outer = key.rpartition("/")[0]
+            if outer:
+                raise ConfigError(key, match[2], f"the chosen {catalogue.noun(outer)} takes none") from None
+            raise ConfigError(
+                key, match[2], "a run has none unless it is added", hint=f"Write +{key}={match[2]}."
+            ) from None
+        raise ConfigError("config", None, f"cannot be composed: {_first_line(cause)}") from None
+
+
+def _check_hydra(config: DictConfig) -> None:
+    """Refuses what could run code or read the environment by way of Hydra's own settings."""
+    from omegaconf import OmegaConf
+
+    hydra = OmegaConf.to_container(config.hydra, resolve=False)
+    assert isinstance(hydra, dict)
+    silent = {"version": 1, "root": None, "disable_existing_loggers": False}
+    fixed = {"callbacks": {}, "hydra_logging": silent, "job_logging": silent}
+    fixed_job = {"env_set": {}, "env_copy": [], "chdir": None}
+    for section, expected, prefix in ((hydra, fixed, "hydra"), (hydra["job"], fixed_job, "hydra.job")):
+        for name, value in expected.items():
+            if section[name] != value:
+                raise ConfigError(f"{prefix}.{name}", _show(section[name]), "cannot be set", allowed=_HYDRA_KEYS)
+    for key, target in _targets(hydra, "hydra"):
+        if not str(target).startswith(_HYDRA_PLUGINS):
+            raise ConfigError(
+                key, target, "Hydra may use its own plug-ins only", allowed=[f"{name}*" for name in _HYDRA_PLUGINS]
+            )
+
+
+def _targets(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        if name == "_target_":
+            yield f"{key}._target_", item
+        yield from _targets(item, f"{key}.{name}")
+
+
+def _apply(config: DictConfig, overrides: list[Override]) -> None:
+    """Sets the values. Keys that do not exist are found later, by the classes."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        try:
+            old = OmegaConf.to_container(config)
+            for part in key.split("."):
+                old = old.get(part) if isinstance(old, dict) else None
+            if override.is_add() and old is not None and not isinstance(value, (dict, list)):
+                raise ConfigError(key, _show(value), "the key exists already", hint="Leave out the `+`.")
+            OmegaConf.update(config, key, value, merge=True, force_add=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(key, _show(value), f"cannot be set: {_first_line(error)}") from None
+
+
+def _resolve(config: DictConfig, key: str | None = None) -> Any:
+    """The whole config, or one value of it, as plain Python with all interpolations resolved."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
+
+    try:
+        if key is not None:
+            return OmegaConf.select(config, key, throw_on_missing=True)
+        for missing in sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(missing, "???", "has no value", hint=f"Add {missing}=VALUE.")
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        where = key or str(error.full_key or "config")
+        raw = _raw(config, where)
+        if isinstance(error, UnsupportedInterpolationType):
+            raise ConfigError(
+                where,
+                raw,
+                "a config may not read the environment or compute",
+                hint="Allowed: ${KEY}, ${now:FORMAT}, ${hydra:KEY}.",
+            ) from None
+        if isinstance(error, InterpolationKeyError):
+            known = [name for name, _ in catalogue.leaves(OmegaConf.to_container(config, resolve=False))]
+            wanted = re.findall(r"\$\{([\w.]+)\}", str(raw)) or [""]
+            raise ConfigError(
+                where, raw, "refers to a key that does not exist", hint=_did_you_mean(wanted[0], known, "${%s}")
+            ) from None
+        raise ConfigError(where, raw, f"cannot be resolved: {_first_line(error)}") from None
+    except RecursionError:
+        raise ConfigError("config", None, "interpolations refer to each other in a circle") from None
+
+
+def _raw(config: DictConfig, key: str) -> str:
+    from omegaconf import OmegaConf
+
+    value: Any = OmegaConf.to_container(config, resolve=False)
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return _show(value)
+
+
+def _each_value(parsed: list[Override]) -> Iterator[list[str]]:
+    """Configs in which every value of a sweep occurs at least once."""
+    lines: list[list[str]] = []
+    for override in parsed:
+        if override.is_discrete_sweep():
+            values = override.sweep_string_iterator()
+            lines.append([f"{override.get_key_element()}={value}" for value in values])
+        elif not override.is_sweep_override():
+            lines.append([str(override.input_line)])
+    yield [choices[0] for choices in lines]
+    for position, choices in enumerate(lines):
+        for choice in choices[1:]:
+            yield [choice if i == position else other[0] for i, other in enumerate(lines)]
+
+
+def _several_values(override: Override, known: catalogue.Groups) -> ConfigError:
+    key, text = override.key_or_group, _text(override)
+    hint = f"Add -m to run them one after the other: metarl train -m {key}={text}."
+    if key == "seed":
+        hint += " seeds=N trains N seeds side by side."
+    elif key not in known:
+        hint += f" A list is written {key}=[{text}]."
+    return ConfigError(key, text, "takes one value", hint=hint)
+
+
+def _text(override: Override) -> str:
+    """The value as it was typed."""
+    return str(override.input_line).partition("=")[2]
+
+
+# Small things
+
+
+def _config_of(run: Path) -> Path:
+    """The `config.yaml` of a run directory."""
+    if run.is_file():
+        raise RunError(f"{run}: is a file, not a run directory.")
+    if not run.is_dir():
+        near = (
+            _did_you_mean(run.name, [path.name for path in run.parent.iterdir()], f"{run.parent}/%s")
+            if run.parent.is_dir()
+            else ""
+        )
+        raise RunError(f"{run}: there is no such run directory. {near}".strip())
+    file = run / "config.yaml"
+    if not file.is_file():
+        inside = sorted(path.parent for path in run.glob("*/config.yaml"))
+        hint = f"Did you mean {inside[-1]}, the latest run in it?" if inside else "metarl train makes one."
+        raise RunError(f"{run}: is no run directory: it holds no config.yaml. {hint}")
+    return file
+
+
+def _did_you_mean(word: str, options: Sequence[str], form: str = "%s") -> str:
+    nearest = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f"Did you mean {form % nearest[0]}?" if nearest else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _show(value: Any) -> str:
+    """A value as the user would type it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str):
+        return f"'{value}'" if value == "" or re.fullmatch(r"[-+\d.e]+|true|false|null", value) else value
+    if isinstance(value, list):
+        return f"[{','.join(map(_show, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_show(item)}' for name, item in value.items())}}}"
+    return str(value)
