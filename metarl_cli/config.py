@@ -118,16 +118,16 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
         choices = {group: config.hydra.runtime.choices.get(group) for group in ("algo", "env")}
         OmegaConf.set_struct(config, False)
         _apply(config, for_us)
-        if config.get("plugins") and not any(override.key_or_group == "plugins" for override in for_us):
-            raise ConfigError(
-                "plugins",
-                _show(OmegaConf.to_container(config.plugins)),
-                "a YAML file may not name the packages it trusts",
-                hint="If you trust them, say so on the command line.",
-            )
         run_dir = Path(_resolve(config, "hydra.run.dir")).expanduser()
         del config["hydra"]
         resolved = _resolve(config)
+    if resolved["plugins"] and not any(override.key_or_group == "plugins" for override in for_us):
+        raise ConfigError(
+            "plugins",
+            _show(resolved["plugins"]),
+            "a YAML file may not name the packages it trusts",
+            hint="If you trust them, say so on the command line.",
+        )
     return Composed(
         config=validate(resolved, choices, known),
         resolved=resolved,
@@ -140,7 +140,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
 
 
 def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> Composed:
-    """The config of an existing run, changed by `key=value` overrides.
+    """The config of an existing run, changed by `key=value` overrides. The `plugins` it was made with stay trusted.
 
     Args:
         allowed: the top-level keys that may change.
@@ -533,15 +533,11 @@ def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None) -> Ov
     if override.is_hydra_override() and not name.replace("/", ".").startswith(_HYDRA_KEYS):
         hints = {"hydra.searchpath": "Use --config-dir.", "hydra.mode": "Use -m."}
         raise ConfigError(name, value, "cannot be set", allowed=_HYDRA_KEYS, hint=hints.get(name, ""))
-    if is_group and not override.is_sweep_override() and not isinstance(override.value(), dict):
-        _check_choice(name, override.value(), known)
+    if is_group and not override.is_sweep_override():
+        choice = override.value()
+        if not isinstance(choice, dict) and not (isinstance(choice, str) and choice in known[name]):
+            raise ConfigError(name, _show(choice), f"no such {catalogue.noun(name)}", allowed=known[name])
     return override
-
-
-def _check_choice(group: str, value: Any, known: catalogue.Groups) -> None:
-    if not isinstance(value, str) or value not in known[group]:
-        problem = f"no such {catalogue.noun(group)}"
-        raise ConfigError(group, _show(value), problem, allowed=known[group])
 
 
 def _split(parsed: list[Override], known: catalogue.Groups) -> tuple[list[Override], list[Override]]:
@@ -603,6 +599,10 @@ def _check_hydra(config: DictConfig) -> None:
         for name, value in expected.items():
             if section[name] != value:
                 raise ConfigError(f"{prefix}.{name}", _show(section[name]), "cannot be set", allowed=_HYDRA_KEYS)
+    # These would pass for the user's own overrides.
+    for key in (hydra["sweeper"] or {}).get("params") or {}:
+        if re.match(r"\+*(plugins|hydra)\b", key):
+            raise ConfigError(f"hydra.sweeper.params.{key}", None, "belongs on the command line")
     for key, target in _targets(hydra, "hydra"):
         if not str(target).startswith(_HYDRA_PLUGINS):
             raise ConfigError(

@@ -206,6 +206,9 @@ def test_nothing_is_imported_that_was_not_named_by_the_user(mine: Path) -> None:
     write(mine, "algo/mine", "# @package _global_\nplugins: [my_plugin]\nalgo:\n  _target_: my_plugin.explodes.X\n")
     with pytest.raises(ConfigError, match="a YAML file may not name the packages it trusts"):
         config.compose(["algo=mine"], mine)
+    write(mine, "algo/mine", "# @package _global_\nplugins: my_plugin\nalgo: {_target_: my_plugin.algo.MySettings}\n")
+    with pytest.raises(ConfigError, match="plugins=my_plugin: a YAML file may not"):
+        config.compose(["algo=mine"], mine)
     assert not any(name.split(".")[0] == "my_plugin" for name in sys.modules)
 
 
@@ -220,6 +223,8 @@ def test_nothing_is_imported_that_was_not_named_by_the_user(mine: Path) -> None:
         ("hydra_logging: {root: {level: DEBUG}}", "hydra.hydra_logging"),
         ("launcher: {_target_: os.system}", "hydra.launcher._target_"),
         ("sweeper: {_target_: hydra.utils.call}", "hydra.sweeper._target_"),
+        ("sweeper: {params: {plugins: '[os]'}}", "hydra.sweeper.params.plugins"),
+        ("sweeper: {params: {++hydra.searchpath: '[pkg://os]'}}", "hydra.sweeper.params.++hydra.searchpath"),
     ],
 )
 def test_hydras_own_settings_are_no_way_round(mine: Path, hydra: str, key: str) -> None:
