@@ -180,9 +180,7 @@ class RunLock:
         self._file.flush()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with contextlib.suppress(FileNotFoundError):  # the run directory itself may have been deleted
             (self.run / ".lock").unlink()
         self._file.close()

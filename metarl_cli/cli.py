@@ -127,9 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         import traceback
 
         traceback.print_exc()
-        return _report(
-            MetarlError("this is a bug in metarl. Please report it with the lines above and the command."), 1
-        )
+        return _report(MetarlError("this is a bug in metarl. Please report it with the lines above and the command."), 1)
 
 
 def _command(argv: list[str]) -> int:
@@ -150,9 +148,7 @@ def _command(argv: list[str]) -> int:
         return 0
     if name.startswith("-"):
         known = ("--help", "--version")
-        raise MetarlError(
-            f"{name}: there is no such option before the command: --help, --version.{_nearest(name, known)}"
-        )
+        raise MetarlError(f"{name}: there is no such option before the command: --help, --version.{_nearest(name, known)}")
     if name not in _COMMANDS:
         hint = f" Did you mean `metarl train {name}`?" if "=" in name else _nearest(name, _COMMANDS)
         raise MetarlError(f"{name}: there is no such command. Commands: {', '.join(_COMMANDS)}.{hint}")

@@ -580,9 +580,7 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
             outer = key.rpartition("/")[0]
             if outer:
                 raise ConfigError(key, match[2], f"the chosen {catalogue.noun(outer)} takes none") from None
-            raise ConfigError(
-                key, match[2], "a run has none unless it is added", hint=f"Write +{key}={match[2]}."
-            ) from None
+            raise ConfigError(key, match[2], "a run has none unless it is added", hint=f"Write +{key}={match[2]}.") from None
         raise ConfigError("config", None, f"cannot be composed: {_first_line(cause)}") from None
 
 

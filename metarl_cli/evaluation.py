@@ -14,7 +14,7 @@ import numpy as np
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import Learner, State, TaskFamily
 from metarl_cli.core.settings import EvalSettings
-from metarl_cli.core.statistics import summarise
+from metarl_cli.core.statistics import summarise, summarise_curve
 from metarl_cli.core.types import Batch, Key, Plan
 
 STEPS_PER_CALL = 2_000_000  # environment steps in one jitted call: a few seconds on a laptop
@@ -41,10 +41,8 @@ class Evaluation(NamedTuple):
         spent = self.steps.sum(3).mean((0, 1))  # [P]
         before = np.concatenate([[0.0], np.cumsum(spent)[:-1]])
         episodes = self.returns.shape[3]
-        return [
-            {"episodes": p * episodes, "steps": float(before[p]), **summarise(self.returns[:, :, p].mean(-1))}
-            for p in range(self.returns.shape[2])
-        ]
+        points = summarise_curve(self.returns.mean(3))
+        return [{"episodes": p * episodes, "steps": float(before[p]), **point} for p, point in enumerate(points)]
 
     def summary(self) -> dict[str, Any]:
         """What `result.json` holds under `evaluation.<split>`."""
@@ -111,7 +109,8 @@ def evaluate(
         chosen = np.minimum(np.arange(first, first + size), n - 1)
         chunk = jax.tree.map(lambda x, chosen=chosen: x[chosen], tasks)
         *arrays, batch = _trials(learner, state, trial_keys[:, chosen], family, chunk, plan)
-        parts.append([None if x is None else np.asarray(x)[:, : n - first] for x in arrays])
+        # float64: sums over many episodes and tasks are exact where rewards are integers.
+        parts.append([None if x is None else np.asarray(x, np.float64)[:, : n - first] for x in arrays])
         if first == 0:
             shown = jax.tree.map(np.asarray, batch)
         between()

@@ -134,9 +134,7 @@ class MetricsFile:
     def __enter__(self) -> MetricsFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -196,9 +194,7 @@ class Progress:
         self._status = ""
         self._before = self._after = self._rate = math.nan
         self._start = self._since = self._last = time.monotonic()  # of the run, the status, the last update
-        self._first: tuple[int, float] | None = (
-            None  # iteration and time of the first update: compiling comes before it
-        )
+        self._first: tuple[int, float] | None = None  # iteration and time of the first update: compiling comes before it
         self._tenth = -1
         self._live = Live(self, console=console, refresh_per_second=4) if live(console) else None
 
@@ -208,9 +204,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._status = ""
             self._live.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import resource
@@ -17,18 +18,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 
 from metarl_cli.config import Composed, TrainConfig, build, from_run, save
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
+from metarl_cli.core.types import Batch
 from metarl_cli.logs import MetricsFile, Progress, log_to, table
+
+if TYPE_CHECKING:
+    from metarl_cli.evaluation import Evaluation
 
 CHUNK_SECONDS = 2.0  # what one call of train_chunk should take: Ctrl-C waits for its end
 SAVE_SECONDS = 20.0  # between checkpoints
@@ -72,7 +77,7 @@ def train(composed: Composed) -> Path:
 def resume(run: Path, overrides: list[str]) -> Path:
     """`metarl resume`: goes on with an interrupted run, or extends a finished one (`iterations=...`)."""
     console = Console()
-    composed = from_run(run, overrides, allowed=("iterations", "device", "eval"))
+    composed = from_run(run, overrides, allowed=("iterations", "device"))
     configure_jax(composed.config)
     learner, family = build(composed.config)
     from metarl_cli.checkpoint import RunLock
@@ -100,11 +105,12 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
     folder = run / "evaluations"
     folder.mkdir(exist_ok=True)
     stem = f"{config.eval.split}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
-    print_curve(result, composed, console)
+    summary = {config.eval.split: result.summary()}
+    print_curve(result, summary[config.eval.split], composed, console)
     write_arrays(folder / f"{stem}.npz", result.arrays() | {"seeds": seed_list(config)})
-    summary = {"schema_version": SCHEMA_VERSION, "overrides": overrides, "seeds": seed_list(config), "date": now()}
     path = folder / f"{stem}.json"
-    write_json(path, summary | {"evaluation": {config.eval.split: result.summary()}, **provenance()})
+    head = {"schema_version": SCHEMA_VERSION, "overrides": overrides, "seeds": seed_list(config), "date": now()}
+    write_json(path, {**head, "evaluation": summary, **provenance()})
     console.print(f"Written to {path}", soft_wrap=True)
     return path
 
@@ -125,19 +131,34 @@ class LoadedRun:
     metrics: list[dict[str, Any]]
 
 
-def load(run: str | Path) -> LoadedRun:
+def load(run: str | Path, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
     """The trained learner of a run, its family and its results; from Python, `metarl_cli.load("runs/...")`.
 
     Raises:
         RunError: no run there, or a damaged file.
     """
     run = Path(run)
-    composed = from_run(run, [], allowed=())
+    composed = from_run(run, [f"eval.checkpoint={checkpoint}"], allowed=("eval",))
     configure_jax(composed.config)
     learner, family = build(composed.config)
     state = restore_learner(run, composed, learner, family)
     result = json.loads(path.read_text()) if (path := run / "result.json").exists() else None
     return LoadedRun(run, composed.config, learner, family, state, result, MetricsFile(run).read())
+
+
+class Best(NamedTuple):
+    """Of each seed the state with the highest mean trial return, as it was when it was scored."""
+
+    learner: Any  # [S, ...]
+    score: Any  # [S]
+    iteration: Any  # [S] int
+
+
+class Checkpoint(NamedTuple):
+    """What `checkpoints/last` holds; `checkpoints/best` holds a `Best`."""
+
+    train: Any  # TrainState
+    best: Best | None  # with eval.every only
 
 
 class Session:
@@ -150,7 +171,7 @@ class Session:
         self.config = composed.config
         self.seeds = seed_list(self.config)
         self.state = training.init(learner, family, self.seeds)
-        self.best: dict[str, Any] | None = None
+        self.best = untried(self.state.learner, len(self.seeds)) if self.config.eval.every else None
         self.metrics = MetricsFile(run)
         self.done = 0
         self.steps = 0  # environment steps per seed
@@ -165,7 +186,8 @@ class Session:
         from metarl_cli import checkpoint
 
         if checkpoint.latest(self.run, "last") is not None:
-            self.done, self.state = checkpoint.restore(self.run, "last", self.state)
+            saved = Checkpoint(self.state, self.best)
+            self.done, (self.state, self.best) = checkpoint.restore(self.run, "last", saved)
             if self.config.iterations <= self.done and (self.run / "result.json").exists():
                 raise ConfigError(
                     "iterations",
@@ -173,10 +195,6 @@ class Session:
                     f"this run has already done {self.done} meta-iterations",
                     hint=f"Extend it with a larger number: metarl resume {self.run} iterations={2 * self.done}",
                 )
-        if checkpoint.latest(self.run, "best") is not None:
-            _, best = checkpoint.restore(self.run, "best", self.best_like())
-            if int(best["evaluated_at"]) <= self.done:
-                self.best = best
         self.metrics.cut_back(self.done)
         rows = [row for row in self.metrics.read() if "steps" in row]
         self.steps = rows[-1]["steps"] if rows else 0
@@ -187,12 +205,14 @@ class Session:
             self.train(check)
             self.finish(check)
 
-    def train(self, check: Any) -> None:
+    def train(self, check: Callable[..., None]) -> None:
         import jax.numpy as jnp
 
         from metarl_cli import training
 
         total, log_every, every = self.config.iterations, self.config.log_every, self.config.eval.every
+        if self.done >= total:
+            return
         with Progress(total, self.console) as progress:
             progress.status("compiling")
             began = time.monotonic()
@@ -218,7 +238,7 @@ class Session:
                 length = max(1, min(2 * length, int(CHUNK_SECONDS * n / seconds)))
                 if every and self.done % every == 0 and self.done < total:
                     progress.status("evaluating")
-                    self.evaluate_and_keep_best()
+                    self.evaluate()
                 if time.monotonic() - self.saved > SAVE_SECONDS:
                     self.save()
             self.save()
@@ -253,8 +273,6 @@ class Session:
 
     def report_failures(self, failed_at: list[int]) -> None:
         """Raises `Diverged` if no seed is left."""
-        import logging
-
         from metarl_cli.training import quantities
 
         names = quantities(self.state)
@@ -277,107 +295,92 @@ class Session:
     def save(self) -> None:
         from metarl_cli import checkpoint
 
-        checkpoint.save(self.run, "last", self.done, self.state)
+        checkpoint.save(self.run, "last", self.done, Checkpoint(self.state, self.best))
         self.saved = time.monotonic()
 
-    def best_like(self) -> dict[str, Any]:
-        import jax
-        import jax.numpy as jnp
-
-        n = len(self.seeds)
-        return {
-            "learner": jax.tree.map(jnp.copy, self.state.learner),
-            "score": jnp.full(n, -jnp.inf),
-            "iteration": jnp.zeros(n, int),
-            "evaluated_at": jnp.zeros((), int),
-        }
-
-    def evaluate_and_keep_best(self) -> None:
-        """Scores the present state by its mean trial return; each seed keeps its own best, the state that was scored."""
+    def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
+        """The present state; with `eval.every` it is scored, and each seed keeps its own best."""
         import jax
         import jax.numpy as jnp
 
         from metarl_cli import checkpoint, evaluation
 
-        result = evaluation.evaluate(self.learner, self.state.learner, self.family, self.config.eval, self.seeds)
-        score = jnp.asarray(result.trial_return.mean(1))
-        best = self.best or self.best_like()
-        better = score > best["score"]
+        learner, settings = self.state.learner, self.config.eval
+        result = evaluation.evaluate(self.learner, learner, self.family, settings, self.seeds, check)
+        if self.best is None:
+            return result
+        score = jnp.asarray(result.trial_return.mean(1), float)
+        better = score > self.best.score
 
         def choose(new, old):
-            return jnp.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            return jnp.where(better.reshape(-1, *[1] * (jnp.ndim(old) - 1)), new, old)
 
-        self.best = {
-            "learner": jax.tree.map(choose, self.state.learner, best["learner"]),
-            "score": choose(score, best["score"]),
-            "iteration": choose(self.done, best["iteration"]),
-            "evaluated_at": jnp.asarray(self.done),
-        }
+        self.best = jax.tree.map(choose, Best(learner, score, jnp.full(len(self.seeds), self.done)), self.best)
         checkpoint.save(self.run, "best", self.done, self.best)
         mean = result.returns.mean((1, 3))
-        self.metrics.write(
-            {
-                "iteration": self.done,
-                "evaluation": {
-                    "split": result.split,
-                    "trial_return": score,
-                    "return_before": mean[:, 0],
-                    "return_after": mean[:, -1],
-                },
-            }
-        )
+        scores = {"trial_return": score, "return_before": mean[:, 0], "return_after": mean[:, -1]}
+        self.metrics.write({"iteration": self.done, "evaluation": {"split": result.split, **scores}})
+        return result
 
-    def finish(self, check: Any) -> None:
+    def finish(self, check: Callable[[], None]) -> None:
         """The final evaluation, the table, the files."""
-        import logging
-
         from metarl_cli import evaluation
 
-        if self.config.eval.every:
-            self.evaluate_and_keep_best()
-        result = evaluation.evaluate(
-            self.learner, self.state.learner, self.family, self.config.eval, self.seeds, between=check
-        )
+        self.console.print("evaluating ...")
+        result = self.evaluate(check)
+        if self.best is not None:
+            self.save()
+            if self.config.eval.checkpoint == "best":
+                state = self.best.learner
+                result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
+        summary = {**self.result("completed"), "evaluation": {result.split: result.summary()}}
         write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
-        summary = self.result("completed")
-        summary["evaluation"] = {result.split: result.summary()}
         write_json(self.run / "result.json", summary)
-        print_curve(result, self.composed, self.console)
-        check()
-        try:
-            self.draw(result)
-        except OSError as error:
-            logging.getLogger("metarl").warning(f"the figures could not be written: {error}")
+        print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
+        self.draw(result, summary["evaluation"][result.split]["curve"])
         speed = summary["train"]
         self.console.print(
-            f"\nTrained {speed['steps']:,} steps in {speed['wall_seconds']:.1f} s "
+            f"\nTrained {speed['steps'] * len(self.seeds):,} steps in {speed['wall_seconds']:.1f} s "
             f"({speed['compile_seconds']:.1f} s of it compiling). Everything is in {self.run}",
             soft_wrap=True,
+            highlight=False,
         )
 
-    def draw(self, result: Any) -> None:
+    def draw(self, result: Evaluation, curve: list[dict[str, Any]]) -> None:
+        """The figures; one that cannot be written is no reason to lose the run."""
         import jax
 
         from metarl_cli.report import figures
 
-        folder = self.run / "figures"
-        folder.mkdir(exist_ok=True)
         rows = [row for row in self.metrics.read() if "evaluation" not in row]
-        figures.save(figures.learning_curve(rows), folder / "learning_curve")
-        figures.save(figures.adaptation_curve(result.curve(), label=self.composed.algo), folder / "adaptation_curve")
-        points = sorted({0, 1, result.returns.shape[2] - 1} & set(range(result.returns.shape[2])))
+        p, k = result.returns.shape[2:]
+        if self.family.horizon == 1:  # a single pull says little: the first and the second half of the trial
+            moments = [range(p // 2), range(p // 2, p)] if p > 1 else [range(1)]
+        else:
+            moments = [range(i, i + 1) for i in sorted({0, min(1, p - 1), p - 1})]
+        titles = [f"episodes {m[0] * k + 1} to {(m[-1] + 1) * k}" for m in moments]
         tasks = [jax.tree.map(lambda x, i=i: x[i], result.shown_tasks) for i in range(len(result.shown.valid))]
-        batches = [
-            [jax.tree.map(lambda x, i=i, p=p: x[i, p], result.shown) for p in points] for i in range(len(tasks))
-        ]
-        k = result.returns.shape[3]
-        titles = [f"after {p * k} episodes" for p in points]
-        figures.save(figures.trajectories(self.family, tasks, batches, titles), folder / "trajectories")
+
+        def moment(i: int, points: range) -> Batch:
+            def pick(x):
+                x = x[i, points[0] : points[-1] + 1]
+                return x.reshape(-1, *x.shape[2:])
+
+            return jax.tree.map(pick, result.shown)
+
+        batches = [[moment(i, points) for points in moments] for i in range(len(tasks))]
+        try:
+            folder = self.run / "figures"
+            figures.save(figures.learning_curve(rows), folder / "learning_curve")
+            figures.save(figures.adaptation_curve(curve, label=self.composed.algo), folder / "adaptation_curve")
+            figures.save(figures.trajectories(self.family, tasks, batches, titles), folder / "trajectories")
+        except OSError as error:
+            logging.getLogger("metarl").warning(f"the figures could not be written: {error}")
 
     def result(self, status: str) -> dict[str, Any]:
         best = None
         if self.best is not None:
-            best = {"iteration": self.best["iteration"].tolist(), "trial_return": self.best["score"].tolist()}
+            best = {"iteration": self.best.iteration.tolist(), "trial_return": self.best.score.tolist()}
         return {
             "schema_version": SCHEMA_VERSION,
             "status": status,
@@ -399,14 +402,30 @@ class Session:
         }
 
 
+def untried(learner: Any, seeds: int) -> Best:
+    import jax
+    import jax.numpy as jnp
+
+    return Best(jax.tree.map(jnp.copy, learner), jnp.full(seeds, -jnp.inf), jnp.zeros(seeds, int))
+
+
 def restore_learner(run: Path, composed: Composed, learner: MetaLearner, family: TaskFamily) -> Any:
-    """`[S, ...]`, from the last checkpoint; only the shapes of a fresh state are computed."""
+    """`[S, ...]`, from the checkpoint that `eval.checkpoint` names; only the shapes of a fresh state are computed."""
     import jax
 
     from metarl_cli import checkpoint, training
 
-    like = jax.eval_shape(lambda: training.init(learner, family, seed_list(composed.config)))
-    return checkpoint.restore(run, "last", like)[1].learner
+    config = composed.config
+    seeds = seed_list(config)
+    train = jax.eval_shape(lambda: training.init(learner, family, seeds))
+    best = jax.eval_shape(lambda: untried(train.learner, len(seeds))) if config.eval.every else None
+    if config.eval.checkpoint == "last":
+        return checkpoint.restore(run, "last", Checkpoint(train, best))[1].train.learner
+    if best is None:
+        raise ConfigError(
+            "eval.checkpoint", "best", "this run kept no best state", hint="Train with eval.every=N to keep one."
+        )
+    return checkpoint.restore(run, "best", best)[1].learner
 
 
 def seed_list(config: TrainConfig) -> list[int]:
@@ -504,9 +523,7 @@ def make_directory(composed: Composed) -> Path:
         raise ConfigError(key, run, f"cannot be written ({error.strerror})", hint="Take another directory.") from error
     if free < FREE_BYTES:
         _remove_empty(created)
-        raise ConfigError(
-            key, run, f"only {free / 1e6:.0f} MB are free on this disk, a run needs {FREE_BYTES / 1e6:.0f} MB"
-        )
+        raise ConfigError(key, run, f"only {free / 1e6:.0f} MB are free on this disk, a run needs {FREE_BYTES / 1e6:.0f} MB")
     return run
 
 
@@ -538,8 +555,7 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 # --- what is printed and recorded
 
 
-def print_curve(result: Any, composed: Composed, console: Console) -> None:
-    summary = result.summary()
+def print_curve(result: Evaluation, summary: dict[str, Any], composed: Composed, console: Console) -> None:
     s, n, _, k = result.returns.shape
     curve = summary["curve"]
     rows = [

@@ -28,6 +28,7 @@ class TrainState(NamedTuple):
     key: Key  # [S]
     learner: State  # [S, ...]
     window: Metrics  # [S], sums over the unfinished window
+    windowed: jax.Array  # int, meta-iterations in it
     failed_at: jax.Array  # [S] int, the meta-iteration that turned non-finite; -1 while all is well
     failed_by: jax.Array  # [S] int, index into `quantities`
 
@@ -54,6 +55,7 @@ def init(learner: MetaLearner, family: TaskFamily, seeds: list[int]) -> TrainSta
         key=key_train,
         learner=state,
         window={name: jnp.zeros((n, *m.shape), m.dtype) for name, m in metrics.items()},
+        windowed=jnp.zeros((), int),
         failed_at=jnp.full(n, -1),
         failed_by=jnp.full(n, -1),
     )
@@ -102,22 +104,21 @@ def train_chunk(
             state.key, state.learner, state.window, state.failed_at, state.failed_by, i
         )
         closes = ((i + 1) % log_every == 0) | (i + 1 == total)
-        length = i % log_every + 1
+        windowed = state.windowed + 1
         row = i // log_every - first_row
 
         def write(name, rows):
-            value = window[name] if name == "steps" else window[name] / length
+            value = window[name] if name == "steps" else window[name] / windowed
             if jnp.issubdtype(rows.dtype, jnp.floating):
                 value = jnp.where(failed_at >= 0, jnp.nan, value)
             return rows.at[row].set(jnp.where(closes, value, rows[row]))
 
         rows = {name: write(name, x) for name, x in rows.items()}
         window = {name: jnp.where(closes, jnp.zeros_like(x), x) for name, x in window.items()}
-        return TrainState(i + 1, state.key, new, window, failed_at, failed_by), rows
+        windowed = jnp.where(closes, 0, windowed)
+        return TrainState(i + 1, state.key, new, window, windowed, failed_at, failed_by), rows
 
-    rows = {
-        name: jnp.zeros((ROWS, *x.shape), x.dtype if name == "steps" else float) for name, x in state.window.items()
-    }
+    rows = {name: jnp.zeros((ROWS, *x.shape), x.dtype if name == "steps" else float) for name, x in state.window.items()}
     return jax.lax.fori_loop(0, iterations, iteration, (state, rows))
 
 

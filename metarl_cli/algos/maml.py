@@ -22,7 +22,7 @@ import optax
 
 from metarl_cli.core.adapt import Data, InnerLoop, map_tasks
 from metarl_cli.core.errors import ConfigError
-from metarl_cli.core.interfaces import Metrics, MetaLearner, TaskFamily
+from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
 from metarl_cli.core.losses import surrogate
 from metarl_cli.core.networks import Activation, Policy
 from metarl_cli.core.returns import Normaliser, episode_returns, masked_mean
@@ -67,9 +67,7 @@ class MAML(MetaLearner):
 
     def init(self, key: Key, family: TaskFamily) -> MAMLState:
         params = self.policy.init(key)
-        normaliser = Normaliser.create(
-            self.policy.spec.observation, self.normalize_observations, self.normalize_rewards
-        )
+        normaliser = Normaliser.create(self.policy.spec.observation, self.normalize_observations, self.normalize_rewards)
         return MAMLState(params, self.optimizer().init(params), normaliser)
 
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:

@@ -1,4 +1,6 @@
-"""RL^2: a recurrent policy that learns within its memory (Duan et al. 2016, arXiv:1611.02779; Wang et al. 2016, arXiv:1611.05763).
+"""RL^2: a recurrent policy that learns within its memory.
+
+Duan et al. 2016, arXiv:1611.02779; Wang et al. 2016, arXiv:1611.05763.
 
 One trial of E episodes in one task is one long episode for the outer learner: the memory is carried over the ends of the
 episodes and reset only between trials, the advantages are those of the whole trial, and no end of an episode cuts the
@@ -64,9 +66,7 @@ class RL2(MetaLearner):
 
     def init(self, key: Key, family: TaskFamily) -> RL2State:
         params = self.network.init(key)
-        normaliser = Normaliser.create(
-            self.network.spec.observation, self.normalize_observations, self.normalize_rewards
-        )
+        normaliser = Normaliser.create(self.network.spec.observation, self.normalize_observations, self.normalize_rewards)
         return RL2State(params, self.optimizer().init(params), normaliser)
 
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
@@ -118,9 +118,7 @@ class RL2(MetaLearner):
         previous = jax.vmap(lambda b: previous_steps(b, self.network.spec))(batch)
         previous = previous._replace(reward=state.normaliser.scale(previous.reward))
         x = self.network.inputs(state.normaliser.observe(batch.observation), previous)
-        return Data(
-            x, batch.action, log_prob, standardise(advantage, batch.valid), value + advantage, batch.valid
-        )
+        return Data(x, batch.action, log_prob, standardise(advantage, batch.valid), value + advantage, batch.valid)
 
     def loss(self, params: Params, data: Data) -> tuple[jax.Array, Metrics]:
         """PPO's, on a minibatch of whole trials."""

@@ -108,9 +108,7 @@ class InnerLoop:
             keys = jax.random.split(key, episodes)
             _, batch = jax.vmap(lambda k: rollout(k, family, task, act, (), self.policy.spec))(keys)
             observation = normaliser.observe(batch.observation)
-            data = Data(
-                observation, batch.action, self.advantage(observation, batch, normaliser), batch.extra, batch.valid
-            )
+            data = Data(observation, batch.action, self.advantage(observation, batch, normaliser), batch.extra, batch.valid)
             scale = jnp.where(index == 0, 1.0, decay)
             params = jax.lax.cond(index < points - 1, lambda p: self.step(p, data, scale), lambda p: p, params)
             return params, (batch, data)

@@ -11,7 +11,7 @@ from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.types import Batch, Key, Plan, Trial
 
 if TYPE_CHECKING:
-    from gymnax.environments.environment import Environment, EnvParams
+    from gymnax.environments.environment import EnvParams
     from matplotlib.axes import Axes
 
 State = Any
@@ -21,7 +21,7 @@ Metrics = dict[str, jax.Array]
 class TaskFamily(ABC):
     """A gymnax environment and a distribution over its `EnvParams`. A pytree: floats are leaves, the rest is static."""
 
-    env: Environment
+    env: Any  # a gymnax Environment
     horizon: int  # T: no episode is longer
     episodes: int  # E: the default length of a trial
     prior: Any  # what a classical learner may know of the distribution (`core.types`), or None
@@ -36,16 +36,19 @@ class TaskFamily(ABC):
         """A published set of N tasks (leaves `[N, ...]`), where the split has one."""
 
     @abstractmethod
-    def oracle(self, task: EnvParams, observation: jax.Array) -> jax.Array | None:
+    def oracle(self, task: Any, observation: jax.Array) -> jax.Array | None:
         """The action of one who knows the task, in the environment's units."""
 
     @abstractmethod
-    def expected(self, task: EnvParams, state: Any, action: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    def expected(self, task: Any, state: Any, action: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """`(mean reward, best mean reward)` of an action in the environment's units, where regret is defined."""
 
     @abstractmethod
-    def draw(self, axes: Axes, task: EnvParams, batch: Batch) -> None:
-        """Draws one task and, over it, what a learner did there. `task` and `batch` `[K, T]` are numpy, unbatched over tasks."""
+    def draw(self, axes: Axes, task: Any, batch: Batch) -> None:
+        """Draws one task and, over it, what a learner did there; `task` and `batch` `[K, T]` are numpy.
+
+        What is labelled goes into one legend of the whole figure.
+        """
 
 
 class Learner(ABC):
@@ -60,7 +63,7 @@ class Learner(ABC):
         """The shape of an evaluation trial. Raises `ConfigError` (keys `eval.*`) where it does not fit."""
 
     @abstractmethod
-    def trial(self, state: State, key: Key, family: TaskFamily, task: EnvParams, plan: Plan) -> Trial:
+    def trial(self, state: State, key: Key, family: TaskFamily, task: Any, plan: Plan) -> Trial:
         """Lives through one trial in one task; pure, callers `vmap`."""
 
 

@@ -23,6 +23,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "r
 MIN_LOG_STD = jnp.log(1e-6).item()  # the floor of MAML's authors
 
 
+def run(module: nn.Module, params: Params, x: jax.Array) -> Any:
+    """`module.apply` without its other return types."""
+    return module.apply(params, x)
+
+
 class MLP(nn.Module):
     """Dense layers with an activation after each."""
 
@@ -80,13 +85,13 @@ class Policy:
         key_body, key_head = jax.random.split(key)
         observation = jnp.zeros(self.spec.observation)
         body = self.body.init(key_body, observation)
-        features = self.body.apply(body, observation)
+        features = run(self.body, body, observation)
         return {"body": body, "head": self.head.init(key_head, features)}
 
     def apply(self, params: Params, observation: jax.Array) -> Distribution:
         """`[..., D]` to a distribution with the same leading axes."""
-        features = self.body.apply(params["body"], observation)
-        return self.head.apply(params["head"], features)  # type: ignore[return-value]
+        features = run(self.body, params["body"], observation)
+        return run(self.head, params["head"], features)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class RecurrentActorCritic:
         }
 
     def inputs(self, observation: jax.Array, previous: Previous) -> jax.Array:
-        """`[..., D]` and the previous step to `[..., D + A + 2]`; an action beyond the box is told as it was carried out."""
+        """`[..., D]` and the previous step to `[..., D + A + 2]`; an action beyond the box is told as carried out."""
         if self.spec.discrete:
             action = jax.nn.one_hot(previous.action, self.spec.action, dtype=observation.dtype)
         else:
@@ -137,5 +142,4 @@ class RecurrentActorCritic:
         return self.heads(params, features)
 
     def heads(self, params: Params, features: jax.Array) -> tuple[Distribution, jax.Array]:
-        policy = self.policy_head.apply(params["policy"], features)
-        return policy, self.value_head.apply(params["value"], features)  # type: ignore[return-value]
+        return run(self.policy_head, params["policy"], features), run(self.value_head, params["value"], features)

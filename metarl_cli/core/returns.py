@@ -88,7 +88,7 @@ def linear_baseline(observation: jax.Array, target: jax.Array, valid: jax.Array)
 class RunningStats(NamedTuple):
     """Mean and sum of squared deviations over everything seen so far (Chan et al. 1983)."""
 
-    count: jax.Array
+    n: jax.Array
     mean: jax.Array
     m2: jax.Array
 
@@ -99,7 +99,7 @@ class RunningStats(NamedTuple):
     @property
     def std(self) -> jax.Array:
         """1 until there is data."""
-        return jnp.where(self.count > 0, jnp.sqrt(self.m2 / jnp.maximum(self.count, 1)) + 1e-8, 1)
+        return jnp.where(self.n > 0, jnp.sqrt(self.m2 / jnp.maximum(self.n, 1)) + 1e-8, 1)
 
     def update(self, x: jax.Array, mask: jax.Array) -> Self:
         """`x [..., *shape]`, `mask [...]`."""
@@ -108,12 +108,12 @@ class RunningStats(NamedTuple):
         count = jnp.sum(mask).astype(x.dtype)
         mean = jnp.sum(weight * x, axes) / jnp.maximum(count, 1)
         m2 = jnp.sum(weight * (x - mean) ** 2, axes)
-        total = jnp.maximum(self.count + count, 1)
+        total = jnp.maximum(self.n + count, 1)
         delta = mean - self.mean
         return type(self)(
-            self.count + count,
+            self.n + count,
             self.mean + delta * count / total,
-            self.m2 + m2 + delta**2 * self.count * count / total,
+            self.m2 + m2 + delta**2 * self.n * count / total,
         )
 
 

@@ -95,9 +95,7 @@ def rollout(
         carry, action, extra = act(carry, observation, previous, key_act)
         env_action = to_environment(family, task, action)
         rewards = family.expected(task, env_state, env_action)
-        next_observation, env_state, reward, terminated, truncated, _ = family.env.step(
-            key_env, env_state, env_action, task
-        )
+        next_observation, env_state, reward, terminated, truncated, _ = family.env.step(key_env, env_state, env_action, task)
         reward = jnp.asarray(reward, float)
         done = terminated | truncated
         batch = Batch(

@@ -7,7 +7,7 @@ tracers. No JAX here: `metarl train --help` reads these classes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -33,7 +33,9 @@ def setting(description: str, *, unit: str = "", **bounds: Any) -> Any:
 
 
 # YAML has lists only; a setting has to be hashable because it shapes the program.
-Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Widths = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
 
 
 class FamilySettings(Settings):
@@ -66,6 +68,11 @@ class EvalSettings(Settings):
     split: str = setting("which tasks: train, test or ood")
     tasks: int | None = setting("number of tasks; null: the published set where there is one, else 1000", ge=1)
     episodes: int | None = setting("episodes of a trial; null: as the learner and the family have it", ge=1)
+    checkpoint: Literal["last", "best"] = setting("which state; best needs eval.every, and each seed has its own")
     seed: int = setting("the tasks and all randomness of an evaluation derive from it alone", ge=0)
-    every: int = setting("evaluate every so many meta-iterations as well and keep the best checkpoint; 0: only at the end", unit="meta-iterations", ge=0)
+    every: int = setting(
+        "evaluate every so many meta-iterations as well and keep the best checkpoint; 0: only at the end",
+        unit="meta-iterations",
+        ge=0,
+    )
     adapt: AdaptSettings

@@ -21,7 +21,7 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(kw_only_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: type[T_co]) -> type[T_co]:
     """A frozen dataclass whose fields are leaves (every float hyper-parameter is one) unless marked `static()`."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))

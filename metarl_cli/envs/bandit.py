@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams, EnvState
 
@@ -19,12 +20,12 @@ class BanditParams(EnvParams):
     """One task: the success probability of each arm."""
 
     probability: jax.Array  # [k]
-    max_steps_in_episode: int = 1
+    max_steps_in_episode: Any = 1
 
 
 @pytree
 class BanditState(EnvState):
-    time: jax.Array
+    time: Any  # [] int
 
 
 class BanditEnv(Environment[BanditState, BanditParams]):
@@ -78,20 +79,19 @@ class Bandit(TaskFamily):
     def fixed(self, split: str) -> None:
         return None
 
-    def oracle(self, task: BanditParams, observation: jax.Array) -> jax.Array:
+    def oracle(self, task: Any, observation: jax.Array) -> jax.Array:
         return jnp.argmax(task.probability)
 
-    def expected(self, task: BanditParams, state: BanditState, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def expected(self, task: Any, state: Any, action: jax.Array) -> tuple[jax.Array, jax.Array]:
         return task.probability[action], jnp.max(task.probability)
 
-    def draw(self, axes: Any, task: BanditParams, batch: Batch) -> None:
+    def draw(self, axes: Any, task: Any, batch: Batch) -> None:
         """Success probability of each arm, and how often it was pulled."""
-        arms = range(self.env.k)
-        pulls = [int((batch.action[batch.valid] == arm).sum()) for arm in arms]
-        axes.bar(arms, task.probability, color="0.85", label="success probability")
-        axes.plot(arms, [p / max(1, sum(pulls)) for p in pulls], "o", color="C0", label="share of pulls")
-        axes.set(xlabel="arm", xticks=list(arms), ylim=(0, 1.05))
-        axes.legend(frameon=False)
+        arms = np.arange(1, self.env.k + 1)
+        share = np.bincount(batch.action[batch.valid], minlength=self.env.k) / max(1, batch.valid.sum())
+        axes.bar(arms, task.probability, width=0.8, color="0.86", label="success probability")
+        axes.bar(arms, share, width=0.4, color="C0", label="share of pulls")
+        axes.set(xlabel="arm", xticks=arms, ylim=(0, 1))
 
 
 class BanditSettings(FamilySettings):

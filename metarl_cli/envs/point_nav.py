@@ -27,13 +27,13 @@ class PointNavParams(EnvParams):
     """One task: where the goal is."""
 
     goal: jax.Array  # [2]
-    max_steps_in_episode: int = 100
+    max_steps_in_episode: Any = 100
 
 
 @pytree
 class PointNavState(EnvState):
     position: jax.Array  # [2]
-    time: jax.Array
+    time: Any  # [] int
 
 
 class PointNavEnv(Environment[PointNavState, PointNavParams]):
@@ -65,7 +65,7 @@ class PointNavEnv(Environment[PointNavState, PointNavParams]):
 
 @pytree
 class PointNav(TaskFamily):
-    """Goals uniform in a square: `train` and `test` in |x|, |y| <= 0.5; `ood` in the frame between it and |x|, |y| <= 1."""
+    """Goals uniform in the square |x|, |y| <= 0.5; in `ood` in the frame between it and |x|, |y| <= 1."""
 
     horizon: int = static()
     episodes: int = static()
@@ -90,32 +90,34 @@ class PointNav(TaskFamily):
         goals = np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2))
         return PointNavParams(goal=jnp.asarray(goals, float), max_steps_in_episode=jnp.full(40, self.horizon))
 
-    def oracle(self, task: PointNavParams, observation: jax.Array) -> jax.Array:
+    def oracle(self, task: Any, observation: jax.Array) -> jax.Array:
         """Straight to the goal, each axis as fast as it can."""
         return jnp.clip(task.goal - observation, -MAX_STEP, MAX_STEP)
 
-    def expected(self, task: PointNavParams, state: PointNavState, action: jax.Array) -> None:
+    def expected(self, task: Any, state: Any, action: jax.Array) -> None:
         return None
 
-    def draw(self, axes: Any, task: PointNavParams, batch: Batch) -> None:
-        axes.add_patch(_square(0.5))
-        for path, valid in zip(batch.observation, batch.valid, strict=True):
-            axes.plot(path[valid, 0], path[valid, 1], color="C0", linewidth=0.7, alpha=0.5)
-        axes.plot(0, 0, "o", color="black", markersize=3)
-        axes.plot(*task.goal, "*", color="C1", markeredgecolor="black", markersize=10)
-        axes.set_aspect("equal")
+    def draw(self, axes: Any, task: Any, batch: Batch) -> None:
+        from matplotlib.patches import Rectangle
 
-
-def _square(half_width: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    corner, width = (-half_width, -half_width), 2 * half_width
-    return Rectangle(corner, width, width, fill=False, linestyle=":", edgecolor="0.6")
+        axes.add_patch(Rectangle((-0.5, -0.5), 1, 1, fill=False, edgecolor="0.8", linewidth=0.8))
+        # An observation is what the action was chosen on: the last position of an episode is one step further.
+        ends = batch.observation + np.clip(batch.action, -1, 1) * MAX_STEP
+        for before, after, valid in zip(batch.observation, ends, batch.valid, strict=True):
+            path = np.concatenate([before[valid], after[valid][-1:]])
+            if len(path):
+                axes.plot(path[:, 0], path[:, 1], color="C0", linewidth=0.5, alpha=0.5)
+                axes.plot(*path[-1], "o", color="C0", markersize=2, markeredgewidth=0)
+        start = {"color": "white", "markeredgecolor": "black", "markersize": 4, "markeredgewidth": 0.8}
+        axes.plot(0, 0, "o", linestyle="none", label="start", **start)
+        goal = {"color": "C1", "markeredgecolor": "white", "markersize": 9, "markeredgewidth": 0.5}
+        axes.plot(*task.goal, "*", linestyle="none", label="goal", **goal)
+        axes.set(aspect="equal", xticks=[-0.5, 0, 0.5], yticks=[-0.5, 0, 0.5])
 
 
 class PointNavSettings(FamilySettings):
     horizon: int = setting("steps after which an episode is truncated", unit="steps", ge=1)
-    episodes: int = setting("length of a trial for learners that live through it episode by episode", unit="episodes", ge=1)
+    episodes: int = setting("length of a trial, for learners that live through it one by one", unit="episodes", ge=1)
 
     def build(self) -> PointNav:
         return PointNav(horizon=self.horizon, episodes=self.episodes, env=PointNavEnv())

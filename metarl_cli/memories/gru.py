@@ -1,6 +1,6 @@
 """Gated recurrent unit (Cho et al. 2014), initialised as RL^2 has it: orthogonal recurrent and Xavier input weights.
 
-    r = sigmoid(W_r x + U_r h),   z = sigmoid(W_z x + U_z h),   n = tanh(W_n x + r (U_n h)),   h' = (1 - z) n + z h
+r = sigmoid(W_r x + U_r h),   z = sigmoid(W_z x + U_z h),   n = tanh(W_n x + r (U_n h)),   h' = (1 - z) n + z h
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metarl_cli.core.memory import Memory, MemorySettings
+from metarl_cli.core.networks import run
 from metarl_cli.core.settings import setting
 from metarl_cli.core.types import Key, Params
 
@@ -45,7 +46,7 @@ class GRU(Memory):
         return jnp.zeros(self.features)
 
     def step(self, params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.recur(params, carry, self.inputs.apply(params["inputs"], x))
+        return self.recur(params, carry, run(self.inputs, params["inputs"], x))
 
     def sequence(self, params: Params, carry: jax.Array, x: jax.Array, reset: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(h, now):
@@ -53,12 +54,12 @@ class GRU(Memory):
             return self.recur(params, jnp.where(reset, self.init_carry(), h), projected)
 
         # One product over all time steps; only the recurrent one has to wait for its turn.
-        return jax.lax.scan(step, carry, (self.inputs.apply(params["inputs"], x), reset))
+        return jax.lax.scan(step, carry, (run(self.inputs, params["inputs"], x), reset))
 
     def recur(self, params: Params, h: jax.Array, projected: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`projected [3 H]` is `W x`. The new state is the output as well."""
         x_gates, x_n = jnp.split(projected, [2 * self.features])
-        h_gates, h_n = jnp.split(self.recurrent.apply(params["recurrent"], h), [2 * self.features])
+        h_gates, h_n = jnp.split(run(self.recurrent, params["recurrent"], h), [2 * self.features])
         r, z = jnp.split(nn.sigmoid(x_gates + h_gates), 2)
         n = jnp.tanh(x_n + r * h_n)
         h = (1 - z) * n + z * h
