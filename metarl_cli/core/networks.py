@@ -1,6 +1,6 @@
 """Policy and value networks behind `init` and `apply`. Parameters are `{"body": ..., "head": ...}`.
 
-With `memories/`, the only place that knows flax.
+With `memories/`, the only place that knows flax, whose layers are float32 unless `param_dtype=float` leaves it to JAX.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for width in self.widths:
-            x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x))
+            x = ACTIVATIONS[self.activation](
+                nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)(x)
+            )
         return x
 
 
@@ -50,7 +52,7 @@ class PolicyHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Distribution:
         init = nn.initializers.variance_scaling(self.scale, "fan_avg", "uniform")
-        outputs = nn.Dense(self.spec.action, kernel_init=init)(x)
+        outputs = nn.Dense(self.spec.action, kernel_init=init, param_dtype=float)(x)
         if self.spec.discrete:
             return Categorical(outputs)
         log_std = self.param("log_std", nn.initializers.zeros, (self.spec.action,), outputs.dtype)
@@ -62,7 +64,7 @@ class ValueHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(1, kernel_init=nn.initializers.xavier_uniform())(x)[..., 0]
+        return nn.Dense(1, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)(x)[..., 0]
 
 
 @dataclass(frozen=True)

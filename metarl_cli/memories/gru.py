@@ -29,11 +29,11 @@ class GRU(Memory):
 
     @property
     def inputs(self) -> nn.Dense:
-        return nn.Dense(3 * self.features, kernel_init=nn.initializers.xavier_uniform())
+        return nn.Dense(3 * self.features, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)
 
     @property
     def recurrent(self) -> nn.Dense:
-        return nn.Dense(3 * self.features, kernel_init=gates_orthogonal)
+        return nn.Dense(3 * self.features, kernel_init=gates_orthogonal, param_dtype=float)
 
     def init(self, key: Key, inputs: int) -> Params:
         key_inputs, key_recurrent = jax.random.split(key)
