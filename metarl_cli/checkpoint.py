@@ -331,11 +331,11 @@ def _quiet_orbax() -> Iterator[Any]:
 
 def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     with _quiet_orbax() as ocp, contextlib.closing(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as handler:
-        handler.save(folder, args=ocp.args.PyTreeSave(arrays))
-        handler.finalize(folder)
+        handler.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+        handler.finalize(folder.absolute())
 
 
 def _read_arrays(folder: Path, leaves: list[str]) -> dict[str, np.ndarray]:
     with _quiet_orbax() as ocp, contextlib.closing(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as handler:
         how = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in leaves}
-        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how))
+        return handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
