@@ -93,10 +93,8 @@ class RL2(MetaLearner):
         return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
 
     def update(self, state: RL2State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[RL2State, Metrics]:
-        key_tasks, key_live, key_order = jax.random.split(key, 3)
-        tasks = jax.vmap(family.sample)(jax.random.split(key_tasks, self.meta_batch))
-        keys = jax.random.split(key_live, self.meta_batch)
-        batch = jax.vmap(lambda k, task: self.live(state, k, family, task, self.episodes))(keys, tasks)
+        key_sample, key_order = jax.random.split(key)
+        batch = self.sample(state, key_sample, family)
         params, optimizer, metrics = self.ppo(state, self.data(state, batch), key_order)
         returns = jnp.mean(jax.vmap(lambda b: episode_returns(by_episode(b, self.episodes, family.horizon)))(batch), 0)
         metrics |= {
@@ -106,6 +104,13 @@ class RL2(MetaLearner):
             "steps": jnp.sum(batch.valid),
         }
         return RL2State(params, optimizer, state.normaliser.update(batch, self.gamma)), metrics
+
+    def sample(self, state: RL2State, key: Key, family: TaskFamily) -> Batch:
+        """A trial in each of B fresh tasks, `[B, E * T]`."""
+        key_tasks, key_live = jax.random.split(key)
+        tasks = jax.vmap(family.sample)(jax.random.split(key_tasks, self.meta_batch))
+        keys = jax.random.split(key_live, self.meta_batch)
+        return jax.vmap(lambda k, task: self.live(state, k, family, task, self.episodes))(keys, tasks)
 
     def data(self, state: RL2State, batch: Batch) -> Data:
         """Advantages across the whole trial, `[B, T]`."""
