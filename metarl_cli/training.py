@@ -56,8 +56,8 @@ def init(learner: MetaLearner, family: TaskFamily, seeds: list[int]) -> TrainSta
         learner=state,
         window={name: jnp.zeros((n, *m.shape), m.dtype) for name, m in metrics.items()},
         windowed=jnp.zeros((), int),
-        failed_at=jnp.full(n, -1),
-        failed_by=jnp.full(n, -1),
+        failed_at=jnp.full(n, -1, int),  # with its type: a weak one would be traced again in the second chunk
+        failed_by=jnp.full(n, -1, int),
     )
 
 
