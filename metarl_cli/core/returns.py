@@ -107,7 +107,7 @@ class RunningStats(NamedTuple):
         weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)).astype(x.dtype)
         count = jnp.sum(mask).astype(x.dtype)
         mean = jnp.sum(weight * x, axes) / jnp.maximum(count, 1)
-        m2 = jnp.sum(weight * (x - mean) ** 2, axes)
+        m2 = jnp.sum(weight * (x - jnp.broadcast_to(mean, x.shape)) ** 2, axes)
         total = jnp.maximum(self.n + count, 1)
         delta = mean - self.mean
         return type(self)(
@@ -135,7 +135,8 @@ class Normaliser(NamedTuple):
         """`[..., D]`, clipped to 10 standard deviations."""
         if self.observation is None:
             return observation
-        return jnp.clip((observation - self.observation.mean) / self.observation.std, -10, 10)
+        mean, std = (jnp.broadcast_to(x, observation.shape) for x in (self.observation.mean, self.observation.std))
+        return jnp.clip((observation - mean) / std, -10, 10)
 
     def scale(self, reward: jax.Array) -> jax.Array:
         return reward if self.reward is None else reward / self.reward.std
