@@ -244,7 +244,7 @@ class MAMLSettings(AlgoSettings):
     hidden: Widths = setting("widths of the policy's layers", unit="units")
     activation: Activation = setting("of the policy's layers")
     task_batch: int | None = setting(
-        "tasks differentiated at once, 0 for all; null: 1 on a CPU, all on an accelerator; changes speed only", ge=0
+        "tasks differentiated at once, 0 for all; null: as fits the device; changes speed only", ge=0
     )
     normalize_observations: bool = setting("running normalisation of observations")
     normalize_rewards: bool = setting("running normalisation of rewards")
@@ -257,7 +257,9 @@ class MAMLSettings(AlgoSettings):
             episodes = 20 if family.horizon > 1 else _even_split(family.episodes, self.inner_steps, "algo.inner_steps")
         task_batch = self.task_batch
         if task_batch is None:
-            task_batch = 1 if jax.default_backend() == "cpu" else 0
+            # About 2,000 states at once stay in a core's cache (measured: scripts/bench.py); an accelerator takes all.
+            at_once = max(1, 2000 // (episodes * family.horizon))
+            task_batch = at_once if jax.default_backend() == "cpu" else 0
         return MAML(
             inner=InnerLoop(
                 lr=self.inner_lr,
