@@ -251,25 +251,24 @@ class Session:
         if self.done + n == self.config.iterations and (self.done + n) % log_every:
             last += 1
         rows = {name: np.asarray(x[: last - first], float) for name, x in rows.items()}
-        steps_before = self.steps
+        rate = rows["steps"].sum() / seconds
         for row in range(last - first):
             values = {name: x[row] for name, x in rows.items()}
-            self.steps += int(np.max(values.pop("steps")))
+            self.steps += round(float(np.mean(values.pop("steps"))))
             self.metrics.write(
                 {
                     "iteration": min((first + row + 1) * log_every, self.config.iterations),
                     "steps": self.steps,
                     **{name: values[name] for name in sorted(values)},
                     "seconds": round(time.monotonic() - self.started, 3),
-                    "steps_per_second": round((int(np.max(rows["steps"].sum(0))) * len(self.seeds)) / seconds, 1),
+                    "steps_per_second": round(rate, 1),
                 }
             )
         self.done += n
         if last > first:
-            speed = (self.steps - steps_before) * len(self.seeds) / seconds
-            self.trained_steps += (self.steps - steps_before) * len(self.seeds)
+            self.trained_steps += int(rows["steps"].sum())
             before, after = (float(np.nanmean(rows[name][-1])) for name in ("return_before", "return_after"))
-            progress.update(self.done, before, after, speed)
+            progress.update(self.done, before, after, rate)
 
     def report_failures(self, failed_at: list[int]) -> None:
         """Raises `Diverged` if no seed is left."""

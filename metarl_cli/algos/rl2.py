@@ -77,7 +77,6 @@ class RL2(MetaLearner):
         """One trial `[E * T]`; `extra` is the log-probability and the value."""
 
         def act(carry, observation, previous, key):
-            previous = previous._replace(reward=state.normaliser.scale(previous.reward))
             x = self.network.inputs(state.normaliser.observe(observation), previous)
             carry, policy, value = self.network.step(state.params, carry, x)
             action = policy.sample(key)
@@ -121,7 +120,6 @@ class RL2(MetaLearner):
         never = jnp.zeros_like(batch.valid)
         advantage = gae(reward, value, next_value, never, never, self.gamma, self.lam)
         previous = jax.vmap(lambda b: previous_steps(b, self.network.spec))(batch)
-        previous = previous._replace(reward=state.normaliser.scale(previous.reward))
         x = self.network.inputs(state.normaliser.observe(batch.observation), previous)
         return Data(x, batch.action, log_prob, standardise(advantage, batch.valid), value + advantage, batch.valid)
 
