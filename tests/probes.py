@@ -35,7 +35,7 @@ class Probe(TaskFamily):
     def fixed(self, split: str) -> None:
         return None
 
-    def oracle(self, task: Any, observation: jax.Array) -> None:
+    def oracle(self, task: Any, state: Any) -> None:
         return None
 
     def expected(self, task: Any, state: Any, action: jax.Array) -> None:

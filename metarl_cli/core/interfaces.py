@@ -36,8 +36,8 @@ class TaskFamily(ABC):
         """A published set of N tasks (leaves `[N, ...]`), where the split has one."""
 
     @abstractmethod
-    def oracle(self, task: Any, observation: jax.Array) -> jax.Array | None:
-        """The action of one who knows the task, in the environment's units."""
+    def oracle(self, task: Any, state: Any) -> jax.Array | None:
+        """The action of one who knows the task and sees the environment's state, in the environment's units."""
 
     @abstractmethod
     def expected(self, task: Any, state: Any, action: jax.Array) -> tuple[jax.Array, jax.Array] | None:

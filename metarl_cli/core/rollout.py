@@ -64,6 +64,18 @@ def to_environment(family: TaskFamily, task: Any, action: jax.Array) -> jax.Arra
     return jnp.where(bounded, stretched, jnp.clip(action, low, high))
 
 
+def from_environment(family: TaskFamily, task: Any, action: jax.Array) -> jax.Array:
+    """The other way round: what a policy has to say for an action in the environment's units."""
+    from gymnax.environments.spaces import Box
+
+    space = family.env.action_space(task)
+    if not isinstance(space, Box):
+        return action
+    low, high = (jnp.broadcast_to(jnp.asarray(bound, action.dtype), space.shape) for bound in (space.low, space.high))
+    bounded = jnp.isfinite(low) & jnp.isfinite(high)
+    return jnp.ravel(jnp.where(bounded, 2 * (action - low) / (high - low) - 1, action))
+
+
 def first_input(spec: Spaces) -> Previous:
     """What an agent is told of the step before the first one of a trial: nothing, and `done` = 1 (Duan et al. 2016).
 
@@ -74,7 +86,14 @@ def first_input(spec: Spaces) -> Previous:
 
 
 def rollout(
-    key: Key, family: TaskFamily, task: Any, act: Act, carry: Carry, spec: Spaces, episodes: int = 1
+    key: Key,
+    family: TaskFamily,
+    task: Any,
+    act: Act,
+    carry: Carry,
+    spec: Spaces,
+    episodes: int = 1,
+    sees_state: bool = False,
 ) -> tuple[Carry, Batch]:
     """Lives through E episodes in a row in one task.
 
@@ -82,6 +101,7 @@ def rollout(
         act: `(carry, observation [D], previous step, key) -> (carry, action, extra)`; it never sees the task.
         carry: the agent's memory. It is handed on over resets.
         episodes: E. The loop runs `E * horizon` steps; those after the end of episode E are marked invalid.
+        sees_state: `act` is handed the environment's state in the place of the observation: for oracles.
 
     Returns:
         The final carry and a batch `[E * horizon]`.
@@ -92,7 +112,7 @@ def rollout(
     def step(state, keys):
         env_state, observation, carry, previous, ended = state
         key_act, key_env = keys
-        carry, action, extra = act(carry, observation, previous, key_act)
+        carry, action, extra = act(carry, env_state if sees_state else observation, previous, key_act)
         env_action = to_environment(family, task, action)
         rewards = family.expected(task, env_state, env_action)
         next_observation, env_state, reward, terminated, truncated, _ = family.env.step(key_env, env_state, env_action, task)

@@ -79,7 +79,7 @@ class Bandit(TaskFamily):
     def fixed(self, split: str) -> None:
         return None
 
-    def oracle(self, task: Any, observation: jax.Array) -> jax.Array:
+    def oracle(self, task: Any, state: Any) -> jax.Array:
         return jnp.argmax(task.probability)
 
     def expected(self, task: Any, state: Any, action: jax.Array) -> tuple[jax.Array, jax.Array]:

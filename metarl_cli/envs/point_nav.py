@@ -90,9 +90,9 @@ class PointNav(TaskFamily):
         goals = np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2))
         return PointNavParams(goal=jnp.asarray(goals, float), max_steps_in_episode=jnp.full(40, self.horizon))
 
-    def oracle(self, task: Any, observation: jax.Array) -> jax.Array:
+    def oracle(self, task: Any, state: Any) -> jax.Array:
         """Straight to the goal, each axis as fast as it can."""
-        return jnp.clip(task.goal - observation, -MAX_STEP, MAX_STEP)
+        return jnp.clip(task.goal - state.position, -MAX_STEP, MAX_STEP)
 
     def expected(self, task: Any, state: Any, action: jax.Array) -> None:
         return None
