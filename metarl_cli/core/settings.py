@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 if TYPE_CHECKING:
     from metarl_cli.core.interfaces import MetaLearner, TaskFamily
@@ -36,6 +36,19 @@ def setting(description: str, *, unit: str = "", **bounds: Any) -> Any:
 Widths = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
+Fractions = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
+
+
+def class_named(path: str, expected: type, info: ValidationInfo) -> type:
+    """For a validator: the class of the user's that a setting names, a subclass of `expected`.
+
+    Only `config` knows which packages the user trusts; it hands the look-up over as the context of the validation.
+    """
+    if info.context is None:
+        raise ValueError("the path of a class has a meaning in a config only")
+    return info.context(info.field_name, path, expected)
 
 
 class FamilySettings(Settings):

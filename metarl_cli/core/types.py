@@ -71,3 +71,72 @@ class BernoulliArms:
     """A prior: k arms, success probabilities independent and uniform on [0, 1]."""
 
     k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrelatedArms:
+    """A prior: two arms that pay with p and 1 - p; p is uniform on [0, 1] or, where there are some, on `values`."""
+
+    values: tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianArms:
+    """A prior: k arms, mean rewards independent N(mean, std^2); a reward is N(its arm's mean, noise^2)."""
+
+    k: int
+    mean: float
+    std: float
+    noise: float
+
+
+@dataclasses.dataclass(frozen=True)
+class InformativeArms:
+    """A prior: one of the ordinary arms, at random, pays `target`, each of the others `other`.
+
+    One more arm, the last, pays i / arms if the target is the i-th (from 1). All rewards are deterministic.
+    """
+
+    arms: int
+    target: float
+    other: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RestlessArms:
+    """A prior: two arms that pay with p_t and 1 - p_t in pull t of n.
+
+    p_0 is uniform on [0, 1]; then a Gaussian random walk, reflected at 0 and 1, whose step has one of the standard
+    deviations `volatilities`, drawn at random for each task.
+    """
+
+    n: int
+    volatilities: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TabularMDP:
+    """A prior: mean rewards N(reward_mean, reward_std^2), rewards N(their mean, reward_noise^2), rows of the transition
+    matrix Dirichlet(dirichlet, ..., dirichlet). Every episode starts in state 0 and takes `horizon` steps."""
+
+    states: int
+    actions: int
+    horizon: int
+    reward_mean: float
+    reward_std: float
+    reward_noise: float
+    dirichlet: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoStep:
+    """A prior: which of two second-stage states pays 1 with probability `reward`, the other with 1 - `reward`.
+
+    At random at first; before each further one of the `rounds` of an episode they change places with probability
+    `switch`. Action i leads to second-stage state i with probability `common`, else to the other.
+    """
+
+    rounds: int
+    common: float
+    reward: float
+    switch: float
