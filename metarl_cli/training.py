@@ -40,15 +40,16 @@ def quantities(state: TrainState) -> list[str]:
 
 def init(learner: MetaLearner, family: TaskFamily, seeds: list[int]) -> TrainState:
     """The state before the first meta-iteration. Every seed gets what it would get alone."""
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    key_init, key_train = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    return _init(learner, family, jnp.array(seeds))
 
-    def one(key: Key) -> State:
-        return learner.init(key, family)
 
-    state = jax.jit(jax.vmap(one))(key_init)
+@jax.jit
+def _init(learner: MetaLearner, family: TaskFamily, seeds: jax.Array) -> TrainState:
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
+    key_init, key_train = keys[:, 0], keys[:, 1]
+    state = jax.vmap(lambda key: learner.init(key, family))(key_init)
     single = jax.tree.map(lambda x: x[0], (state, key_train))
-    metrics = jax.eval_shape(lambda s, k: learner.update(s, k, family, jnp.zeros(()))[1], *single)
+    _, metrics = jax.eval_shape(_update, learner, *single, family, jnp.zeros(()))
     n = len(seeds)
     return TrainState(
         iteration=jnp.zeros((), int),
@@ -59,6 +60,12 @@ def init(learner: MetaLearner, family: TaskFamily, seeds: list[int]) -> TrainSta
         failed_at=jnp.full(n, -1, int),  # with its type: a weak one would be traced again in the second chunk
         failed_by=jnp.full(n, -1, int),
     )
+
+
+@jax.jit
+def _update(learner: MetaLearner, state: State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[State, Metrics]:
+    """Jitted for its cache alone: `_init` needs the shapes of the metrics, and `train_chunk` then traces nothing anew."""
+    return learner.update(state, key, family, progress)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -87,7 +94,7 @@ def train_chunk(
     first_row = state.iteration // log_every
 
     def one_seed(key, learner_state, window, failed_at, failed_by, i):
-        new, metrics = learner.update(learner_state, jax.random.fold_in(key, i), family, i / total)
+        new, metrics = _update(learner, learner_state, jax.random.fold_in(key, i), family, i / total)
         finite = jnp.stack([jnp.all(jnp.isfinite(metrics[name])) for name in sorted(metrics)] + [_finite(new)])
         newly = (failed_at < 0) & ~jnp.all(finite)
         failed_at = jnp.where(newly, i, failed_at)

@@ -92,9 +92,8 @@ class RL2(MetaLearner):
         return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
 
     def update(self, state: RL2State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[RL2State, Metrics]:
-        key_sample, key_order = jax.random.split(key)
-        batch = self.sample(state, key_sample, family)
-        params, optimizer, metrics = self.ppo(state, self.data(state, batch), key_order)
+        batch = self.sample(state, key, family)
+        params, optimizer, metrics = self.ppo(state, self.data(state, batch))
         returns = jnp.mean(jax.vmap(lambda b: episode_returns(by_episode(b, self.episodes, family.horizon)))(batch), 0)
         metrics |= {
             "return_before": returns[0],
@@ -138,19 +137,22 @@ class RL2(MetaLearner):
         }
         return policy_loss + self.value * value_loss - self.entropy * entropy, metrics
 
-    def ppo(self, state: RL2State, data: Data, key: Key) -> tuple[Params, optax.OptState, Metrics]:
-        def minibatch(carry, indices):
+    def ppo(self, state: RL2State, data: Data) -> tuple[Params, optax.OptState, Metrics]:
+        """Epochs over minibatches of whole trials, in a fixed order as the authors have it: trials are exchangeable."""
+
+        def minibatch(carry, data):
             params, optimizer = carry
-            chosen = jax.tree.map(lambda x: x[indices], data)
-            (_, metrics), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, chosen)
+            (_, metrics), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, data)
             updates, optimizer = self.optimizer().update(gradient, optimizer, params)
             metrics["grad_norm"] = optax.global_norm(gradient)
             return (optax.apply_updates(params, updates), optimizer), metrics
 
-        orders = jax.vmap(lambda k: jax.random.permutation(k, self.meta_batch))(jax.random.split(key, self.epochs))
-        orders = orders.reshape(self.epochs * self.minibatches, -1)
-        (params, optimizer), metrics = jax.lax.scan(minibatch, (state.params, state.optimizer), orders)
-        return params, optimizer, jax.tree.map(lambda x: jnp.mean(x[-self.minibatches :]), metrics)
+        def epoch(carry, _):
+            return jax.lax.scan(minibatch, carry, minibatches)
+
+        minibatches = jax.tree.map(lambda x: x.reshape(self.minibatches, -1, *x.shape[1:]), data)
+        (params, optimizer), metrics = jax.lax.scan(epoch, (state.params, state.optimizer), None, length=self.epochs)
+        return params, optimizer, jax.tree.map(lambda x: jnp.mean(x[-1]), metrics)
 
 
 class RL2Settings(AlgoSettings):

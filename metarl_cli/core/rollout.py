@@ -106,8 +106,8 @@ def rollout(
     Returns:
         The final carry and a batch `[E * horizon]`.
     """
-    key_reset, key_act, key_env = jax.random.split(key, 3)
     steps = episodes * family.horizon
+    key_reset, keys = jnp.split(jax.random.split(key, 1 + 2 * steps), [1])  # one call: each costs compile time
 
     def step(state, keys):
         env_state, observation, carry, previous, ended = state
@@ -131,10 +131,9 @@ def rollout(
         previous = Previous(action, reward, done.astype(float))
         return (env_state, flatten(next_observation), carry, previous, ended + done), batch
 
-    observation, env_state = family.env.reset(key_reset, task)
+    observation, env_state = family.env.reset(key_reset[0], task)
     start = (env_state, flatten(observation), carry, first_input(spec), jnp.zeros((), int))
-    keys = (jax.random.split(key_act, steps), jax.random.split(key_env, steps))
-    (_, _, carry, _, _), batch = jax.lax.scan(step, start, keys)
+    (_, _, carry, _, _), batch = jax.lax.scan(step, start, keys.reshape(steps, 2))
     return carry, batch
 
 
