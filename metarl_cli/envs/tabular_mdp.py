@@ -74,6 +74,14 @@ class TabularMDPEnv(Environment[TabularMDPState, TabularMDPParams]):
         return spaces.Box(0.0, 1.0, (self.states,), dtype=jnp.float32)
 
 
+def distributions(key: Key, concentration: float, shape: tuple[int, ...]) -> jax.Array:
+    """Symmetric Dirichlet distributions along the last axis."""
+    if concentration == 1:  # the uniform distribution on the simplex, without the costly rejections of gamma variates
+        weights = jax.random.exponential(key, shape)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return jax.random.dirichlet(key, jnp.full(shape[-1], concentration, float), shape[:-1])
+
+
 @pytree
 class RandomMDPs(TaskFamily):
     """MDPs of the prior; in `ood` transitions are Dirichlet(ood_dirichlet)."""
@@ -82,17 +90,16 @@ class RandomMDPs(TaskFamily):
     env: TabularMDPEnv = static()
     prior: TabularMDP = static()
     horizon: int = static()
-    ood_dirichlet: Any
+    ood_dirichlet: float = static()
     splits: tuple[str, ...] = static(default=("train", "test", "ood"))
 
     def sample(self, key: Key, split: str = "train") -> TabularMDPParams:
         key_transition, key_reward = jax.random.split(key)
         prior = self.prior
         dirichlet = self.ood_dirichlet if split == "ood" else prior.dirichlet
-        alpha = jnp.full(prior.states, dirichlet, float)
         reward = jax.random.normal(key_reward, (prior.states, prior.actions))
         return TabularMDPParams(
-            transition=jax.random.dirichlet(key_transition, alpha, (prior.states, prior.actions)),
+            transition=distributions(key_transition, dirichlet, (prior.states, prior.actions, prior.states)),
             reward=prior.reward_mean + prior.reward_std * reward,
             noise=prior.reward_noise,
             max_steps_in_episode=self.horizon,
