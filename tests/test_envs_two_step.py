@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from trajectories import close, family_of, live, oracle, play, sample
 
+from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.types import TwoStep
 
 
@@ -25,6 +26,11 @@ def test_presets_and_splits():
             np.testing.assert_allclose(tasks.common, prior.common, rtol=1e-6)
             if prior.rounds > 1:
                 assert close(tasks.best[:, 1:] != tasks.best[:, :-1], 0.025)
+
+
+def test_a_switch_needs_rounds():
+    with pytest.raises(ConfigError, match=r"env\.switch.*env\.rounds"):
+        family_of("two_step", "env.switch=0.1")
 
 
 @pytest.mark.parametrize("changes", [("env=two_step",), ("env=two_step_switching", "env.rounds=7", "env.switch=0.3")])

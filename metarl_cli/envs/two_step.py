@@ -18,6 +18,7 @@ import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams, EnvState
 
+from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.settings import FamilySettings, setting
 from metarl_cli.core.types import Batch, Key, TwoStep, pytree, static
@@ -126,6 +127,9 @@ class TwoStepSettings(FamilySettings):
     ood_reward: float = setting("what `reward` is in the split `ood`", ge=0, le=1)
 
     def build(self) -> TwoStepTasks:
+        if self.switch > 0 and self.rounds == 1:
+            hint = "Set env.rounds to the rounds of a trial, and env.episodes=1."
+            raise ConfigError("env.switch", self.switch, "there is nothing to switch in an episode of one round", hint=hint)
         return TwoStepTasks(
             episodes=self.episodes,
             env=TwoStepEnv(),
