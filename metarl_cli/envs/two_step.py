@@ -113,8 +113,9 @@ class TwoStepTasks(TaskFamily):
         rounds = np.arange(1, self.prior.rounds + 1)
         axes.step(rounds, np.asarray(task.best) + 1, color="0.6", where="mid", label="better first action")
         axes.plot(rounds, 1 + batch.action[:, ::2].mean(axis=0), ".", color="C0", markersize=3, label="taken (mean)")
-        if self.prior.rounds == 1:
+        if self.prior.rounds == 1:  # a line of one point is invisible
             axes.plot(rounds, np.asarray(task.best) + 1, "_", color="0.6", markersize=12)
+            axes.set_xticks([1])
         axes.set(xlabel="round", ylim=(0.9, 2.1), yticks=[1, 2])
 
 
