@@ -140,3 +140,12 @@ class TwoStep:
     common: float
     reward: float
     switch: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GoalGrid:
+    """A prior: one goal, uniform on `goals`, of an empty grid of `size` x `size` cells (column, row), from one `start`."""
+
+    size: int
+    start: tuple[int, int]
+    goals: tuple[tuple[int, int], ...]
