@@ -21,6 +21,7 @@ usage: metarl COMMAND ...
   train [OVERRIDES]        train a learner on a task family, then evaluate it on held-out tasks
   eval RUN [OVERRIDES]     evaluate a finished run again: other splits, budgets or family settings
   resume RUN [OVERRIDES]   continue an interrupted run, or extend a finished one
+  show env=NAME            draw a few tasks of a family, and what can be reached there
   list [KIND]              what there is: algos, envs, memories
   completion bash|zsh      print the completion script for the shell
 
@@ -96,10 +97,33 @@ Continues an interrupted run from its last checkpoint, as if it had never stoppe
 
 _LIST = """\
 usage: metarl list [algos|envs|memories] [--config-dir DIR]
+       metarl list fields ID [plugins=[PACKAGE]]
 
-What there is to train and to train on, with one line each.
+What there is to train and to train on, with one line each; and what can vary
+between the tasks of a gymnax environment, for the section `vary` of a family.
 
   --config-dir DIR         your own YAML files as well
+
+examples: metarl list fields CartPole-v1
+          metarl list fields my_package.my_env.MyEnv plugins=[my_package]
+"""
+
+_SHOW = """\
+usage: metarl show env=NAME [KEY=VALUE ...] [--config-dir DIR] [-o DIR]
+
+Draws a few tasks of a family with the trajectory of a random policy and, where
+the family has one, of an oracle, who knows the task; and how the numbers that
+make a task are distributed. Writes SVG and PNG.
+
+  -o, --output DIR         where to; default: runs/show/<env>
+  eval.split=ood           which tasks: train, test (the default) or ood
+  eval.tasks=6             how many; default: 4
+  eval.episodes=10         how long a trial; default: as the family has it
+  eval.seed=1              another draw
+  env.KEY=VALUE            a setting of the family
+  --config-dir DIR         your own YAML files as well
+
+example: metarl show env=cartpole eval.split=ood
 """
 
 _COMPLETION = """\
@@ -242,11 +266,12 @@ def _list(words: list[str]) -> int:
         return 0
     from metarl_cli import catalogue
 
+    if kinds[:1] == ["fields"]:
+        return _list_fields(kinds[1:])
     for kind in kinds:
         if kind not in catalogue.KINDS:
-            raise MetarlError(
-                f"{kind}: there is no such list. Lists: {', '.join(catalogue.KINDS)}.{_nearest(kind, catalogue.KINDS)}"
-            )
+            lists = (*catalogue.KINDS, "fields")
+            raise MetarlError(f"{kind}: there is no such list. Lists: {', '.join(lists)}.{_nearest(kind, lists)}")
     known = catalogue.groups(Path(options["--config-dir"]) if "--config-dir" in options else None)
     for kind in kinds or catalogue.KINDS:
         group = catalogue.KINDS[kind]
@@ -254,6 +279,46 @@ def _list(words: list[str]) -> int:
             print(f"{kind} ({group}=NAME)")
         for name, file in known.get(group, {}).items():
             print(f"{'' if len(kinds) == 1 else '  '}{name:<16}{catalogue.headline(file)}")
+    return 0
+
+
+def _list_fields(words: list[str]) -> int:
+    """What can vary in a gymnax environment."""
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        raise MetarlError(
+            "list fields: name one environment: gymnax's id, or the class of your own. metarl list fields CartPole-v1"
+        )
+    from metarl_cli import config
+    from metarl_cli.envs import gymnax_family
+
+    env = gymnax_family.make(config.environment(names[0], [word for word in words if "=" in word]))
+    fields = gymnax_family.fields(env)
+    width = max(len(field.name) for field in fields)
+    print(f"{names[0]}: env.vary.FIELD={{uniform: [LOW, HIGH]}}")
+    for field in fields:
+        default = f"{field.default:.6g}" if isinstance(field.default, float) else str(field.default)
+        print(f"  {field.name:<{width}}  {default:<10}  {'may vary' if field.varies else field.note}")
+    return 0
+
+
+def _show(words: list[str]) -> int:
+    options, overrides = _options("show", words, {"--config-dir": True, "--output": True})
+    if "--help" in options:
+        print(_SHOW, end="")
+        return 0
+    if not any(word.startswith("env=") for word in overrides):
+        raise MetarlError("show: which family? metarl show env=NAME; metarl list envs prints what there is.")
+    from metarl_cli import config
+
+    composed = config.compose(overrides, Path(options["--config-dir"]) if "--config-dir" in options else None)
+    from metarl_cli import runner
+    from metarl_cli.report.show import show
+
+    runner.configure_jax(composed.config)
+    folder = Path(options.get("--output", f"runs/show/{composed.env}")).expanduser()
+    for file in show(composed.config, folder):
+        print(file)
     return 0
 
 
@@ -275,6 +340,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "resume": _resume,
+    "show": _show,
     "list": _list,
     "completion": _completion,
 }
@@ -295,7 +361,7 @@ def _options(command: str, words: list[str], takes_value: dict[str, bool]) -> tu
             others.append(word)
             continue
         name, equals, value = word.partition("=")
-        name = {"-h": "--help", "-m": "--multirun"}.get(name, name)
+        name = {"-h": "--help", "-m": "--multirun", "-o": "--output"}.get(name, name)
         if name not in takes_value:
             hint = _nearest(name, takes_value, cutoff=0.7)
             if not hint and name.startswith("--"):

@@ -43,18 +43,20 @@ def candidates(words: list[str], commands: Iterable[str]) -> list[str]:
     *before, word = words or [""]
     if not before:
         found = [f"{name} " for name in (*commands, "--help", "--version")]
-    elif before[0] == "train":
-        found = _train(before[1:], word)
+    elif before[0] in ("train", "show"):
+        found = _train(before, word)
     elif before[0] in ("eval", "resume"):
         found = _run(before, word)
     else:
-        rest = {"list": tuple(catalogue.KINDS), "completion": ("bash", "zsh")}.get(before[0], ())
+        rest = {"list": (*catalogue.KINDS, "fields"), "completion": ("bash", "zsh")}.get(before[0], ())
         found = [f"{name} " for name in rest] if len(before) == 1 else []
     return sorted({name for name in found if name.startswith(word)})
 
 
 def _train(before: list[str], word: str) -> list[str]:
-    if before and before[-1] == "--config-dir":
+    """`metarl train ...` and `metarl show ...`."""
+    command, *before = before
+    if before and before[-1] in ("--config-dir", "--output", "-o"):
         return _directories(word)
     try:
         own = Path(before[before.index("--config-dir") + 1]) if "--config-dir" in before else None
@@ -65,9 +67,12 @@ def _train(before: list[str], word: str) -> list[str]:
     if equals:
         return [f"{group}={name} " for name in known.get(group, ())]
     if word.startswith("-"):
-        return ["--help ", "--multirun ", "--config-dir "]
+        return ["--help ", "--config-dir ", {"train": "--multirun ", "show": "--output "}[command]]
     chosen = dict(other.split("=", 1) for other in before if "=" in other)
     keys = [*catalogue.defaults(chosen, own), "hydra.run.dir"]
+    if command == "show":
+        known = {"env": known["env"]}
+        keys = [key for key in keys if key.split(".")[0] in ("env", "eval", "device", "plugins")]
     return [f"{name}=" for name in known] + _steps(keys, word)
 
 

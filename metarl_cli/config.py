@@ -5,7 +5,8 @@ misspelling a key ends at one place, pydantic's `extra="forbid"`, and gets the s
 
 Configs never execute code. A `_target_` names a class only where a kind of settings is to be chosen (`algo`, `env`,
 `algo.memory`), is imported only from metarl_cli or a package that the user named in `plugins=[...]`, and has to be a
-subclass of what is expected there. Hydra's own `_target_`s are those of its plugins. Resolvers that could read the
+subclass of what is expected there. The same holds for the one setting that may name a class, `env.id` of a gymnax
+environment. Hydra's own `_target_`s are those of its plugins. Resolvers that could read the
 environment or decode text do not exist while a config is composed and resolved.
 
 `config.yaml` in a run directory is the resolved config with one more key, `choices`, which says what the groups were:
@@ -29,7 +30,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, ValidationError
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from metarl_cli.core.interfaces import MetaLearner, TaskFamily
+
+T = TypeVar("T")
 
 _RESOLVERS = {"hydra", "now", "oc.select", "python_version"}
 _HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
@@ -185,6 +188,25 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
     return Composed(config, recorded, list(overrides), run, True, str(choices["algo"]), str(choices["env"]))
 
 
+def environment(name: str, overrides: Sequence[str]) -> str | type:
+    """What `env.id` names: gymnax's id as it is, or a class of a package in `plugins=[...]`, which is imported.
+
+    Args:
+        overrides: `plugins=[...]` or nothing.
+    """
+    with _hydra():
+        given = {override.key_or_group: override.value() for override in (_parse(line, {}) for line in overrides)}
+    for key in given.keys() - {"plugins"}:
+        raise ConfigError(key, _show(given[key]), "cannot be set here", allowed=["plugins"])
+    if "." not in name:
+        return name
+    from gymnax.environments.environment import Environment
+
+    plugins = given.get("plugins")
+    names = [str(plugin) for plugin in plugins] if isinstance(plugins, list) else []
+    return locate(name, Environment, "env.id", ("metarl_cli", *names))
+
+
 def save(composed: Composed, run_dir: Path) -> None:
     """Writes `config.yaml` and `overrides.yaml`, each at once or not at all."""
     import yaml
@@ -201,12 +223,18 @@ def save(composed: Composed, run_dir: Path) -> None:
 
 def build(config: TrainConfig) -> tuple[MetaLearner, TaskFamily]:
     """The learner and its family; settings that do not fit together show here, before anything is compiled."""
-    family = config.env.build()
-    if config.eval.split not in family.splits:
-        raise ConfigError("eval.split", config.eval.split, "the family has no such split", allowed=family.splits)
+    family = build_family(config)
     learner = config.algo.build(family)
     learner.plan(family, config.eval)
     return learner, family
+
+
+def build_family(config: TrainConfig) -> TaskFamily:
+    """The family alone, which has the split that is asked for."""
+    family = config.env.build()
+    if config.eval.split not in family.splits:
+        raise ConfigError("eval.split", config.eval.split, "the family has no such split", allowed=family.splits)
+    return family
 
 
 def sweep(overrides: Sequence[str], config_dir: Path | None, job: Callable[[list[str]], object]) -> None:
@@ -274,7 +302,9 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"a list, each {describe(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return "a section with keys of its own"
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    if origin is dict:
+        return "a mapping"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text", type: "a class"}
     bounds = []
     for constraint in itertools.chain.from_iterable(getattr(item, "metadata", [item]) for item in metadata):
         for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
@@ -293,6 +323,7 @@ class _Section(NamedTuple):
     cls: type[Settings]
     values: dict[str, Any]  # what is no section itself
     below: dict[str, _Section]
+    trusted: tuple[str, ...]  # packages whose classes may be named
 
     def path(self, name: str) -> str:
         return f"{self.key}.{name}" if self.key else name
@@ -333,11 +364,11 @@ def _section(expected: type[Settings], data: dict[str, Any], key: str, trusted: 
     values = dict(data)
     cls = expected
     if inspect.isabstract(expected):
-        cls = _locate(values.pop("_target_", None), expected, key, trusted)
+        cls = locate(values.pop("_target_", None), expected, f"{key}._target_", trusted)
     elif "_target_" in values:
         where = f"{key}._target_" if key else "_target_"
         raise ConfigError(where, _show(values["_target_"]), "no class may be named here, only in algo and env")
-    section = _Section(key, cls, values, {})
+    section = _Section(key, cls, values, {}, trusted)
     for name, field in cls.model_fields.items():
         inner = _settings_class(field.annotation)
         if inner is not None and isinstance(values.get(name), dict):
@@ -352,9 +383,14 @@ def _settings_class(annotation: Any) -> type[Settings] | None:
     return None
 
 
-def _locate(target: Any, expected: type[Settings], key: str, trusted: tuple[str, ...]) -> type[Settings]:
-    """The class that a `_target_` names. Nothing outside the trusted packages is imported."""
-    where = f"{key}._target_"
+def locate(target: Any, expected: type[T], where: str, trusted: tuple[str, ...]) -> type[T]:
+    """The class that a config names. Nothing outside the trusted packages is imported.
+
+    Args:
+        expected: what it has to be a subclass of.
+        where: the key, for messages.
+        trusted: names of packages.
+    """
 
     def refuse(problem: str, hint: str = "") -> ConfigError:
         return ConfigError(where, _show(target), problem, hint=hint)
@@ -398,8 +434,13 @@ def _instance(
 ) -> Settings | None:
     """The section as an instance of its class; mistakes are added to `errors`."""
     below = {name: _instance(child, root, errors, choices, known) for name, child in section.below.items()}
+
+    def class_named(name: str, path: str, expected: type) -> type:
+        return locate(path, expected, section.path(name), section.trusted)
+
     try:
-        return section.cls.model_validate(section.values | {k: v for k, v in below.items() if v is not None})
+        values = section.values | {k: v for k, v in below.items() if v is not None}
+        return section.cls.model_validate(values, context=class_named)
     except ValidationError as error:
         seen = set()
         for detail in error.errors():

@@ -291,7 +291,12 @@ def test_completion_of_commands_choices_and_keys(capsys: pytest.CaptureFixture[s
     assert complete("", capsys) == sorted(f"{name} " for name in MAIN_WORDS)
     assert complete("tr", capsys) == ["train "]
     assert {"algo=maml ", "algo=rl2 "} <= set(complete("train algo=", capsys))
-    assert complete("train env=p", capsys) == ["env=point_nav "]
+    assert complete("train env=pen", capsys) == ["env=pendulum "]
+    assert complete("show env=pen", capsys) == ["env=pendulum "]
+    assert complete("show e", capsys) == ["env.", "env=", "eval."]
+    assert complete("show algo", capsys) == []
+    assert complete("show -", capsys) == ["--config-dir ", "--help ", "--output "]
+    assert complete("list f", capsys) == ["fields "]
     assert complete("train e", capsys) == ["env.", "env=", "eval."]
     assert complete("train env=bandit env.", capsys) == ["env.k=", "env.n="]
     assert complete("train algo=rl2 algo.memory.", capsys) == ["algo.memory.features="]
@@ -302,7 +307,7 @@ def test_completion_of_commands_choices_and_keys(capsys: pytest.CaptureFixture[s
     assert complete("nonsense ", capsys) == []
 
 
-MAIN_WORDS = ("train", "eval", "resume", "list", "completion", "--help", "--version")
+MAIN_WORDS = ("train", "eval", "resume", "show", "list", "completion", "--help", "--version")
 
 
 def test_completion_of_runs(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
@@ -320,7 +325,7 @@ def test_completion_knows_ones_own_directory(capsys: pytest.CaptureFixture[str],
     (elsewhere / "own" / "env").mkdir(parents=True)
     (elsewhere / "own" / "env" / "maze.yaml").write_text("# Mazes\n_target_: x.Maze\nwidth: 3\n")
     assert complete("train --config-dir o", capsys) == ["own/"]
-    assert complete("train --config-dir own env=m", capsys) == ["env=maze "]
+    assert complete("train --config-dir own env=maz", capsys) == ["env=maze "]
     assert complete("train --config-dir own env=maze env.", capsys) == ["env.width="]
 
 
@@ -328,7 +333,7 @@ def test_the_bash_script_completes(elsewhere: Path) -> None:
     script = f"""
         metarl() {{ {sys.executable} -c 'import sys; from metarl_cli.cli import main; sys.exit(main())' "$@"; }}
         eval "$(metarl completion bash)"
-        for COMP_LINE in 'metarl tr' 'metarl train env=b' 'metarl train algo=rl2 algo.memory.f'; do
+        for COMP_LINE in 'metarl tr' 'metarl train env=pen' 'metarl train algo=rl2 algo.memory.f'; do
             COMP_POINT=${{#COMP_LINE}}
             _metarl metarl
             printf '<%s>' "${{COMPREPLY[@]}}"
@@ -337,4 +342,4 @@ def test_the_bash_script_completes(elsewhere: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     # Bash itself has already typed what stands before the `=`.
-    assert done.stdout == "<train ><bandit ><algo.memory.features=>", done.stderr
+    assert done.stdout == "<train ><pendulum ><algo.memory.features=>", done.stderr

@@ -21,6 +21,17 @@ from metarl_cli.core.types import BernoulliArms
 
 FAMILIES = sorted(catalogue.groups()["env"])
 TASKS = 16
+# Shorter episodes: chance would never live as long, or it would take long.
+SHORT = {
+    "cartpole": 15,
+    "cartpole_projected": 15,
+    "acrobot": 50,
+    "mountain_car": 50,
+    "mountain_car_continuous": 50,
+    "krazy_world": 10,
+}
+# Families whose first observation tells something of the task, and whose YAML says so.
+TELLS = {"cartpole_projected", "krazy_world"}
 
 
 def family_of(name: str, *changes: str) -> Any:
@@ -34,7 +45,7 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def family(name) -> TaskFamily:
-    return family_of(name)
+    return family_of(name, *([f"env.horizon={SHORT[name]}"] if name in SHORT else []))
 
 
 def sample(family: TaskFamily, split: str = "train", n: int = TASKS, seed: int = 0) -> Any:
@@ -70,10 +81,10 @@ class Played(NamedTuple):
 
 @pytest.fixture(scope="module")
 def played(family) -> Played:
-    """Random actions; in every other task half of them are the oracle's, where there is one, so that goals are reached."""
+    """Random actions; in half of the tasks half or all of them are the oracle's, where there is one: goals are reached."""
     tasks = sample(family)
 
-    def one(key, task, helped):
+    def one(key, task, share):
         key_reset, key_steps = jax.random.split(key)
         first, state = family.env.reset(key_reset, task)
 
@@ -83,7 +94,7 @@ def played(family) -> Played:
             action = family.env.action_space(task).sample(key_action)
             oracle = family.oracle(task, state)
             if oracle is not None:
-                action = jnp.where(helped & jax.random.bernoulli(key_who), oracle, action)
+                action = jnp.where(jax.random.bernoulli(key_who, share), oracle, action)
             observation, new, reward, terminated, truncated, info = family.env.step(key_step, state, action, task)
             out = (key_step, state, action, observation, reward, terminated, truncated, info["final_observation"])
             return (observation, new), out
@@ -91,7 +102,8 @@ def played(family) -> Played:
         steps = jax.random.split(key_steps, 2 * family.horizon + 20)
         return first, jax.lax.scan(step, (first, state), steps)[1]
 
-    first, out = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), TASKS), tasks, jnp.arange(TASKS) % 2 == 0)
+    share = jnp.tile(jnp.array([0.5, 0.0, 1.0, 0.0]), TASKS // 4)
+    first, out = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), TASKS), tasks, share)
     return Played(tasks, first, *out)
 
 
@@ -149,15 +161,19 @@ def test_a_task_survives_every_reset(family, played):
         assert np.any(happened[episode == i] != elsewhere[episode == i])
 
 
-def test_the_state_does_not_hold_the_task(family):
+def test_the_state_does_not_hold_the_task(name, family):
     """Else a reset could change it: at the start, the same key gives the same state in every task."""
+    if name == "krazy_world":
+        pytest.skip("every board has its own start")
     tasks = sample(family)
     _, states = jax.vmap(lambda task: family.env.reset(jax.random.key(0), task))(tasks)
     for leaf in jax.tree.leaves(states):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
 
 
-def test_the_first_observation_does_not_tell_the_task(family):
+def test_the_first_observation_does_not_tell_the_task(name, family):
+    if name in TELLS:
+        pytest.skip("it does, as the YAML says")
     tasks = sample(family)
     observations, _ = jax.vmap(lambda task: family.env.reset(jax.random.key(0), task))(tasks)
     assert different(tasks, jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), tasks))
@@ -183,7 +199,7 @@ def test_an_end_starts_a_new_episode_and_keeps_the_last_observation(family, play
     assert done.any()
     for x, last, start in zip(*map(jax.tree.leaves, (played.observation, played.final, starts)), strict=True):
         np.testing.assert_array_equal(x[~done], last[~done])
-        np.testing.assert_array_equal(x[done], start[done])
+        np.testing.assert_allclose(x[done], start[done], rtol=1e-6, atol=1e-7)
 
 
 def test_one_key_one_task(family):

@@ -200,6 +200,36 @@ def trajectories(
     return figure
 
 
+@_styled
+def parameters(values: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """How the numbers that make a task are distributed, a panel for each.
+
+    Args:
+        values: name of the number -> split -> its values `[N]` in N tasks.
+    """
+    columns = min(4, len(values))
+    rows = -(-len(values) // columns)
+    figure = _figure(TEXT / 4 * columns + 0.2, 1.4 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, splits) in zip(panels.flat, values.items(), strict=False):
+        every = np.concatenate(list(splits.values()))
+        edges = np.histogram_bin_edges(every, bins=100)
+        for (split, x), colour in zip(splits.items(), (BLUE, ORANGE, GREY), strict=False):
+            weights = np.full(x.shape, 1 / len(x))
+            axes.hist(x, edges, weights=weights, color=colour, alpha=0.3)
+            axes.hist(x, edges, weights=weights, color=colour, histtype="step", linewidth=0.7)
+            axes.fill_between([], [], color=colour, alpha=0.5, linewidth=0, label=split)
+        axes.set(xlabel=name, yticks=[])
+        axes.margins(x=0.05)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        axes.grid(False)
+    for axes in panels.flat[len(values) :]:
+        axes.remove()
+    panels[0, 0].set_ylabel("share of tasks")
+    _legend(figure, panels.flat, columns=3)
+    return figure
+
+
 # --- parts
 
 
