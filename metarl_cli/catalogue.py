@@ -48,6 +48,11 @@ def groups(config_dir: Path | None = None) -> Groups:
     return {group: found[group] for group in sorted(found)}
 
 
+def trained(algos: dict[str, Path]) -> dict[str, Path]:
+    """Of the algorithms those that are trained: all but our classical learners."""
+    return {name: file for name, file in algos.items() if "metarl_cli.baselines." not in file.read_text(encoding="utf-8")}
+
+
 def headline(file: Path) -> str:
     """The first comment line that is no directive such as `# @package _global_`."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -57,13 +62,14 @@ def headline(file: Path) -> str:
     return ""
 
 
-def defaults(chosen: dict[str, str], config_dir: Path | None = None) -> dict[str, Any]:
+def defaults(chosen: dict[str, str], config_dir: Path | None = None, command: str = "train") -> dict[str, Any]:
     """The dotted keys that a run may set, with the values that stand in the files.
 
     Args:
         chosen: group to name, e.g. `{"algo": "rl2"}`, where it differs from the default.
+        command: `train`, or `eval` without a run.
     """
-    return dict(keys(configs() / "train.yaml", "", chosen, groups(config_dir)))
+    return dict(keys(configs() / f"{command}.yaml", "", chosen, groups(config_dir)))
 
 
 def keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ usage: metarl COMMAND ...
 
   train [OVERRIDES]        train a learner on a task family, then evaluate it on held-out tasks
   eval RUN [OVERRIDES]     evaluate a finished run again: other splits, budgets or family settings
+  eval algo=NAME ...       evaluate a learner that has nothing to train: Thompson sampling, PSRL, an oracle
   resume RUN [OVERRIDES]   continue an interrupted run, or extend a finished one
   show env=NAME            draw a few tasks of a family, and what can be reached there
   list [KIND]              what there is: algos, envs, memories
@@ -71,9 +72,11 @@ metarl list says what the choices are.
 
 _EVAL = """\
 usage: metarl eval RUN [KEY=VALUE ...]
+       metarl eval [--config-dir DIR] algo=NAME env=NAME [KEY=VALUE ...]
 
 Evaluates a finished run again and writes RUN/evaluations/<name>.json. What the
-run has recorded itself stays as it is.
+run has recorded itself stays as it is. Without a run: evaluates a learner that
+has nothing to train, in a directory of its own, runs/<algo>_<env>/<time>.
 
   eval.split=ood           other tasks: train, test or ood
   eval.tasks=100           how many
@@ -82,7 +85,16 @@ run has recorded itself stays as it is.
   env.KEY=VALUE            another setting of the family
   device=cpu               elsewhere than before
 
-example: metarl eval runs/maml_point_nav/2031-05-01_12-00-00 eval.split=ood
+Without a run also:
+  algo.KEY=VALUE           a parameter of the learner
+  tune.key=algo.epsilon tune.values=[0,0.1,0.2]
+                           the best of several values of a parameter
+  tune.tasks=other         chosen on other tasks than the reported ones
+  hydra.run.dir=PATH       the directory
+
+examples: metarl eval runs/maml_point_nav/2031-05-01_12-00-00 eval.split=ood
+          metarl eval algo=thompson env=bandit env.k=10 env.n=100
+          metarl eval algo=psrl --help    every key
 """
 
 _RESUME = """\
@@ -187,9 +199,11 @@ def _train(words: list[str]) -> int:
 
         from metarl_cli import catalogue
 
+        known = catalogue.groups(config_dir)
+        known["algo"] = catalogue.trained(known["algo"])
         choices = [
             textwrap.fill(f"  {group + '=':<25}{', '.join(files)}", 80, subsequent_indent=" " * 27)
-            for group, files in catalogue.groups(config_dir).items()
+            for group, files in known.items()
         ]
         print(_TRAIN.format(choices="\n".join(choices)), end="")
         return 0
@@ -236,15 +250,32 @@ def _sweep(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    options, words = _options("eval", words, {})
-    if "--help" in options:
+    options, words = _options("eval", words, {"--config-dir": True})
+    if "--help" in options and not words:
         print(_EVAL, end="")
         return 0
-    run, overrides = _run_and_overrides("eval", words)
-    from metarl_cli import runner
+    if not _without_run(words):
+        if options:
+            raise MetarlError(f"{', '.join(options)}: metarl eval RUN has no such option. metarl eval --help says more.")
+        from metarl_cli import runner
 
-    runner.evaluate(run, overrides)
+        runner.evaluate(*_run_and_overrides("eval", words))
+        return 0
+    from metarl_cli import config
+
+    composed = config.compose_eval(words, Path(options["--config-dir"]) if "--config-dir" in options else None)
+    if "--help" in options:
+        _print_keys(composed)
+        return 0
+    from metarl_cli import untrained
+
+    untrained.evaluate(composed)
     return 0
+
+
+def _without_run(words: list[str]) -> bool:
+    """`metarl eval algo=... ...`: all words are overrides, and one of them chooses the learner."""
+    return any(word.startswith("algo=") for word in words) and "=" in words[0] and not Path(words[0]).exists()
 
 
 def _resume(words: list[str]) -> int:
@@ -377,7 +408,10 @@ def _options(command: str, words: list[str], takes_value: dict[str, bool]) -> tu
 
 def _run_and_overrides(command: str, words: list[str]) -> tuple[Path, list[str]]:
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
-        raise MetarlError(f"{command}: which run? The run directory comes first: metarl {command} RUN [KEY=VALUE ...].")
+        hint = f"{command}: which run? The run directory comes first: metarl {command} RUN [KEY=VALUE ...]."
+        if command == "eval":
+            hint += " A learner that has nothing to train needs none: metarl eval algo=NAME env=NAME."
+        raise MetarlError(hint)
     return Path(words[0]), words[1:]
 
 

@@ -43,7 +43,7 @@ def candidates(words: list[str], commands: Iterable[str]) -> list[str]:
     *before, word = words or [""]
     if not before:
         found = [f"{name} " for name in (*commands, "--help", "--version")]
-    elif before[0] in ("train", "show"):
+    elif before[0] in ("train", "show") or (before[0] == "eval" and _overrides_only(before[1:], word)):
         found = _train(before, word)
     elif before[0] in ("eval", "resume"):
         found = _run(before, word)
@@ -53,8 +53,14 @@ def candidates(words: list[str], commands: Iterable[str]) -> list[str]:
     return sorted({name for name in found if name.startswith(word)})
 
 
+def _overrides_only(before: list[str], word: str) -> bool:
+    """Whether `metarl eval ...` is without a run, or about to be."""
+    first = (*before, word)[0]
+    return first.startswith("-") or "=" in first or (not before and word != "" and "algo=".startswith(word))
+
+
 def _train(before: list[str], word: str) -> list[str]:
-    """`metarl train ...` and `metarl show ...`."""
+    """`metarl train ...`, `metarl show ...` and `metarl eval algo=...`."""
     command, *before = before
     if before and before[-1] in ("--config-dir", "--output", "-o"):
         return _directories(word)
@@ -63,13 +69,15 @@ def _train(before: list[str], word: str) -> list[str]:
         known = catalogue.groups(own)
     except (IndexError, MetarlError):
         own, known = None, catalogue.groups()
+    trained = catalogue.trained(known["algo"])
+    known["algo"] = {name: file for name, file in known["algo"].items() if (name in trained) != (command == "eval")}
     group, equals, _ = word.partition("=")
     if equals:
         return [f"{group}={name} " for name in known.get(group, ())]
     if word.startswith("-"):
-        return ["--help ", "--config-dir ", {"train": "--multirun ", "show": "--output "}[command]]
+        return ["--help ", "--config-dir ", {"train": "--multirun ", "show": "--output ", "eval": ""}[command]]
     chosen = dict(other.split("=", 1) for other in before if "=" in other)
-    keys = [*catalogue.defaults(chosen, own), "hydra.run.dir"]
+    keys = [*catalogue.defaults(chosen, own, "eval" if command == "eval" else "train"), "hydra.run.dir"]
     if command == "show":
         known = {"env": known["env"]}
         keys = [key for key in keys if key.split(".")[0] in ("env", "eval", "device", "plugins")]

@@ -30,7 +30,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, ValidationError
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-    from metarl_cli.core.interfaces import MetaLearner, TaskFamily
+    from metarl_cli.core.interfaces import Learner, MetaLearner, TaskFamily
 
 T = TypeVar("T")
 
@@ -53,15 +53,14 @@ _HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Numbers = Annotated[tuple[int | float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
-class TrainConfig(Settings):
-    """One run of `metarl train`."""
+class RunConfig(Settings):
+    """What every command that composes a config has."""
 
     seed: int = setting("the first seed", ge=0)
-    seeds: int = setting("how many seeds train side by side in one program: seed, seed+1, ...", ge=1)
-    iterations: int = setting("length of the training", unit="meta-iterations", ge=1)
-    log_every: int = setting("meta-iterations averaged in one line of metrics.jsonl", ge=1)
+    seeds: int = setting("how many seeds run side by side in one program: seed, seed+1, ...", ge=1)
     device: Literal["auto", "cpu", "gpu"] = setting("where it runs; auto: on the GPU where JAX finds one")
     precision: Literal["float32", "float64", "bfloat16"] = setting("of all numbers; bfloat16: of matrix products only")
     plugins: Names = setting("packages whose classes the YAML files may name; on the command line only")
@@ -70,10 +69,36 @@ class TrainConfig(Settings):
     env: FamilySettings
 
 
-class Composed(NamedTuple):
+class TrainConfig(RunConfig):
+    """One run of `metarl train`."""
+
+    iterations: int = setting("length of the training", unit="meta-iterations", ge=1)
+    log_every: int = setting("meta-iterations averaged in one line of metrics.jsonl", ge=1)
+
+
+class TuneSettings(Settings):
+    """One parameter of a learner, chosen by the mean trial return."""
+
+    key: str | None = setting("which one, e.g. algo.epsilon; null: none")
+    values: Numbers = setting("what to try")
+    tasks: Literal["reported", "other"] = setting(
+        "on which tasks: the reported ones, as in the RL^2 paper, which flatters; or as many others"
+    )
+
+
+class EvalConfig(RunConfig):
+    """One run of `metarl eval` with a learner that has nothing to train."""
+
+    tune: TuneSettings
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+class Composed(NamedTuple, Generic[C]):
     """A validated config and where it comes from."""
 
-    config: TrainConfig
+    config: C
     resolved: dict[str, Any]  # plain, interpolations resolved, without Hydra's part; `_target_`s included
     overrides: list[str]
     run_dir: Path
@@ -92,8 +117,8 @@ class Row(NamedTuple):
     description: str
 
 
-def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Composed:
-    """The config of one run. Creates nothing on disk.
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Composed[TrainConfig]:
+    """The config of one training run. Creates nothing on disk.
 
     Args:
         overrides: as typed: `key=value`, `group=name`, `hydra.run.dir=PATH`.
@@ -102,6 +127,15 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
     Raises:
         ConfigError: for the first mistake; `MetarlError` with one line for each where there are several.
     """
+    return _compose("train", TrainConfig, overrides, config_dir)
+
+
+def compose_eval(overrides: Sequence[str], config_dir: Path | None = None) -> Composed[EvalConfig]:
+    """The config of one evaluation of a learner that has nothing to train; see `compose`."""
+    return _compose("eval", EvalConfig, overrides, config_dir)
+
+
+def _compose(command: str, cls: type[C], overrides: Sequence[str], config_dir: Path | None) -> Composed[C]:
     from hydra import compose as hydra_compose
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -115,7 +149,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
         for_hydra, for_us = _split(parsed, known)
         with _hydra_errors(known):
             lines = [*_search_path(config_dir), *(str(override.input_line) for override in for_hydra)]
-            config = hydra_compose("train", lines, return_hydra_config=True)
+            config = hydra_compose(command, lines, return_hydra_config=True)
         _check_hydra(config)
         HydraConfig.instance().set_config(config)
         choices = {group: config.hydra.runtime.choices.get(group) for group in ("algo", "env")}
@@ -124,6 +158,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
         run_dir = Path(_resolve(config, "hydra.run.dir")).expanduser()
         del config["hydra"]
         resolved = _resolve(config)
+    if cls is EvalConfig and not any(override.key_or_group == "iterations" for override in for_us):
+        resolved.pop("iterations", None)  # of the YAML of a learner that is to be trained: `build` finds better words
     if resolved["plugins"] and not any(override.key_or_group == "plugins" for override in for_us):
         raise ConfigError(
             "plugins",
@@ -132,7 +168,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
             hint="If you trust them, say so on the command line.",
         )
     return Composed(
-        config=validate(resolved, choices, known),
+        config=validate(resolved, choices, known, cls),
         resolved=resolved,
         overrides=list(overrides),
         run_dir=run_dir,
@@ -142,7 +178,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Compose
     )
 
 
-def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> Composed:
+def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> Composed[TrainConfig]:
     """The config of an existing run, changed by `key=value` overrides. The `plugins` it was made with stay trusted.
 
     Args:
@@ -163,6 +199,11 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
     choices = recorded.pop("choices", None) if isinstance(recorded, dict) else None
     if not isinstance(stored, DictConfig) or not isinstance(choices, dict) or choices.keys() != {"algo", "env"}:
         raise RunError(f"{file}: is no config of a metarl run: `choices` with `algo` and `env` is missing.")
+    if "tune" in recorded:
+        raise RunError(
+            f"{run}: is an evaluation of a learner that was never trained. There is nothing to go on with: "
+            f"evaluate it anew with metarl eval algo={choices['algo']} env={choices['env']}."
+        )
     try:
         config = validate(recorded, choices)
     except MetarlError as error:
@@ -221,15 +262,31 @@ def save(composed: Composed, run_dir: Path) -> None:
         os.replace(temporary, run_dir / name)
 
 
-def build(config: TrainConfig) -> tuple[MetaLearner, TaskFamily]:
-    """The learner and its family; settings that do not fit together show here, before anything is compiled."""
+def build(config: TrainConfig, algo: str = "NAME", env: str = "NAME") -> tuple[MetaLearner, TaskFamily]:
+    """The learner and its family; settings that do not fit together show here, before anything is compiled.
+
+    Args:
+        algo, env: what was chosen, for messages.
+    """
+    from metarl_cli.core.interfaces import MetaLearner
+
+    learner, family = build_untrained(config)
+    if not isinstance(learner, MetaLearner):
+        raise ConfigError(
+            "algo", algo, "has nothing to train", hint=f"Evaluate it as it is: metarl eval algo={algo} env={env}"
+        )
+    return learner, family
+
+
+def build_untrained(config: RunConfig) -> tuple[Learner, TaskFamily]:
+    """The same for any learner."""
     family = build_family(config)
     learner = config.algo.build(family)
     learner.plan(family, config.eval)
     return learner, family
 
 
-def build_family(config: TrainConfig) -> TaskFamily:
+def build_family(config: RunConfig) -> TaskFamily:
     """The family alone, which has the split that is asked for."""
     family = config.env.build()
     if config.eval.split not in family.splits:
@@ -280,7 +337,7 @@ def sweep(overrides: Sequence[str], config_dir: Path | None, job: Callable[[list
 
 def rows(composed: Composed) -> Iterator[Row]:
     """Every key of the config, for `metarl train ... --help`."""
-    for section in _sections(_root(composed.resolved)):
+    for section in _sections(_root(composed.resolved, type(composed.config))):
         for name, field in section.cls.model_fields.items():
             if name not in section.below:
                 extra = field.json_schema_extra
@@ -330,33 +387,37 @@ class _Section(NamedTuple):
 
 
 def validate(
-    resolved: dict[str, Any], choices: dict[str, Any] | None = None, known: catalogue.Groups | None = None
-) -> TrainConfig:
+    resolved: dict[str, Any],
+    choices: dict[str, Any] | None = None,
+    known: catalogue.Groups | None = None,
+    cls: type[C] = TrainConfig,
+) -> C:
     """The config as its class.
 
     Args:
         resolved: see `Composed`.
         choices: group to name, for messages.
         known: the config files there are, for messages.
+        cls: of which command it is the config.
 
     Raises:
         ConfigError: for the first mistake; `MetarlError` with one line for each where there are several.
     """
-    root = _root(resolved)
+    root = _root(resolved, cls)
     errors: list[ConfigError] = []
     config = _instance(root, root, errors, choices or {}, known or {})
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise MetarlError("\n".join(map(str, errors)))
-    assert isinstance(config, TrainConfig)
+    assert isinstance(config, cls)
     return config
 
 
-def _root(resolved: dict[str, Any]) -> _Section:
+def _root(resolved: dict[str, Any], cls: type[RunConfig]) -> _Section:
     plugins = resolved.get("plugins")
     names = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
-    return _section(TrainConfig, resolved, "", ("metarl_cli", *names))
+    return _section(cls, resolved, "", ("metarl_cli", *names))
 
 
 def _section(expected: type[Settings], data: dict[str, Any], key: str, trusted: tuple[str, ...]) -> _Section:

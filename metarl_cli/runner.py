@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 
-from metarl_cli.config import Composed, TrainConfig, build, from_run, save
+from metarl_cli.config import Composed, RunConfig, TrainConfig, build, from_run, save
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 from metarl_cli.core.types import Batch
@@ -63,7 +63,7 @@ def train(composed: Composed) -> Path:
     """
     console = Console()
     configure_jax(composed.config)
-    learner, family = build(composed.config)
+    learner, family = build(composed.config, composed.algo, composed.env)
     run = make_directory(composed)
     from metarl_cli.checkpoint import RunLock
 
@@ -97,15 +97,14 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
     composed = from_run(run, overrides, allowed=("eval", "env", "device", "precision"))
     configure_jax(composed.config)
     learner, family = build(composed.config)
-    from metarl_cli import evaluation
+    from metarl_cli import evaluation, optimality
 
     config = composed.config
     state = restore_learner(run, composed, learner, family)
     result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
     folder = run / "evaluations"
-    folder.mkdir(exist_ok=True)
     stem = f"{config.eval.split}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
-    summary = {config.eval.split: result.summary()}
+    summary = {config.eval.split: result.summary() | optimality.compare(result, family, config.eval)}
     print_curve(result, summary[config.eval.split], composed, console)
     write_arrays(folder / f"{stem}.npz", result.arrays() | {"seeds": seed_list(config)})
     path = folder / f"{stem}.json"
@@ -326,7 +325,7 @@ class Session:
 
     def finish(self, check: Callable[[], None]) -> None:
         """The final evaluation, the table, the files."""
-        from metarl_cli import evaluation
+        from metarl_cli import evaluation, optimality
 
         self.console.print("evaluating ...")
         result = self.evaluate(check)
@@ -335,7 +334,8 @@ class Session:
             if self.config.eval.checkpoint == "best":
                 state = self.best.learner
                 result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
-        summary = {**self.result("completed"), "evaluation": {result.split: result.summary()}}
+        found = result.summary() | optimality.compare(result, self.family, self.config.eval)
+        summary = {**self.result("completed"), "evaluation": {result.split: found}}
         write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
         write_json(self.run / "result.json", summary)
         print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
@@ -430,14 +430,14 @@ def restore_learner(run: Path, composed: Composed, learner: MetaLearner, family:
     return checkpoint.restore(run, "best", best)[1].learner
 
 
-def seed_list(config: TrainConfig) -> list[int]:
+def seed_list(config: RunConfig) -> list[int]:
     return list(range(config.seed, config.seed + config.seeds))
 
 
 # --- where and how
 
 
-def configure_jax(config: TrainConfig) -> None:
+def configure_jax(config: RunConfig) -> None:
     """Device, precision and the persistent compilation cache; before the first computation.
 
     Raises:
@@ -539,6 +539,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
     new = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(exist_ok=True)
         new.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
         new.replace(path)
     except OSError as error:
@@ -549,6 +550,7 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     import numpy as np
 
     try:
+        path.parent.mkdir(exist_ok=True)
         np.savez_compressed(path, **arrays)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}. Check the free space.") from error
@@ -573,6 +575,10 @@ def print_curve(result: Evaluation, summary: dict[str, Any], composed: Composed,
         f"{total['mean']:.2f} [{total['ci_low']:.2f}, {total['ci_high']:.2f}]",
         highlight=False,
     )
+    if "optimum" in summary:
+        from metarl_cli.optimality import describe
+
+        console.print(describe(summary["optimum"]), highlight=False, soft_wrap=True)
 
 
 def provenance() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 if TYPE_CHECKING:
-    from metarl_cli.core.interfaces import MetaLearner, TaskFamily
+    from metarl_cli.core.interfaces import Learner, TaskFamily
 
 
 class Settings(BaseModel):
@@ -63,7 +63,7 @@ class AlgoSettings(Settings):
     """What a file in `configs/algo/` configures."""
 
     @abstractmethod
-    def build(self, family: TaskFamily) -> MetaLearner:
+    def build(self, family: TaskFamily) -> Learner:
         """Raises `ConfigError` with a key that starts with `algo.` where settings do not fit the family."""
 
 

@@ -144,8 +144,15 @@ class TwoStep:
 
 @dataclasses.dataclass(frozen=True)
 class GoalGrid:
-    """A prior: one goal, uniform on `goals`, of an empty grid of `size` x `size` cells (column, row), from one `start`."""
+    """A prior: one goal, uniform on `goals`, of an empty grid of `size` x `size` cells (column, row), from one `start`.
+
+    The actions are those of `core.grids`. A step that ends on the goal pays `on_goal`, in an episode only the first of them
+    if `once`; any other step pays `off_goal`.
+    """
 
     size: int
     start: tuple[int, int]
     goals: tuple[tuple[int, int], ...]
+    on_goal: float
+    off_goal: float
+    once: bool

@@ -139,7 +139,7 @@ class GridNavSettings(FamilySettings):
             horizon=self.horizon,
             episodes=self.episodes,
             env=GridNavEnv(self.size, start, self.once, self.observation),
-            prior=GoalGrid(self.size, start, goals),
+            prior=GoalGrid(self.size, start, goals, self.on_goal, self.off_goal, self.once),
             off_goal=self.off_goal,
             on_goal=self.on_goal,
         )
