@@ -281,6 +281,9 @@ def build(config: TrainConfig, algo: str = "NAME", env: str = "NAME") -> tuple[M
 def build_untrained(config: RunConfig) -> tuple[Learner, TaskFamily]:
     """The same for any learner."""
     family = build_family(config)
+    if config.eval.checkpoint == "best" and not config.eval.every:
+        hint = "Train with eval.every=N to keep one."
+        raise ConfigError("eval.checkpoint", "best", "a run with eval.every=0 keeps no best state", hint=hint)
     learner = config.algo.build(family)
     learner.plan(family, config.eval)
     return learner, family
@@ -403,6 +406,12 @@ def validate(
     Raises:
         ConfigError: for the first mistake; `MetarlError` with one line for each where there are several.
     """
+    if resolved.get("device") == "cpu":
+        # JAX takes hold of its devices when something is computed for the first time, and `import gymnax` computes. With
+        # `gpu` there is nothing to do: it is what JAX prefers.
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
     root = _root(resolved, cls)
     errors: list[ConfigError] = []
     config = _instance(root, root, errors, choices or {}, known or {})

@@ -93,7 +93,7 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one line. Values are numbers, strings, None, numpy or JAX arrays, and lists and dicts of these."""
-        line = json.dumps(_plain(row), allow_nan=False)
+        line = json.dumps(plain(row), allow_nan=False)
         try:
             if self._file is None:
                 self._file = self.path.open("a", encoding="utf-8")
@@ -151,14 +151,14 @@ class MetricsFile:
                 raise RunError(f"{self.path}, line {number}: damaged, no metrics. Delete the line and try again.")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON can hold. Arrays become lists, numbers that are not finite None."""
     if hasattr(value, "tolist"):  # numpy and JAX arrays and scalars
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -30,7 +30,7 @@ from metarl_cli.config import Composed, RunConfig, TrainConfig, build, from_run,
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 from metarl_cli.core.types import Batch
-from metarl_cli.logs import MetricsFile, Progress, log_to, table
+from metarl_cli.logs import MetricsFile, Progress, log_to, plain, table
 
 if TYPE_CHECKING:
     from metarl_cli.evaluation import Evaluation
@@ -64,9 +64,13 @@ def train(composed: Composed) -> Path:
     console = Console()
     configure_jax(composed.config)
     learner, family = build(composed.config, composed.algo, composed.env)
-    run = make_directory(composed)
+    import jax
+
+    from metarl_cli import evaluation
     from metarl_cli.checkpoint import RunLock
 
+    jax.eval_shape(lambda: evaluation.choose_tasks(family, composed.config.eval))  # a mistake shows now, not at the end
+    run = make_directory(composed)
     with RunLock(run), log_to(run, console) as log:
         save(composed, run)
         log.debug("metarl train %s", " ".join(composed.overrides))
@@ -187,7 +191,7 @@ class Session:
         if checkpoint.latest(self.run, "last") is not None:
             saved = Checkpoint(self.state, self.best)
             self.done, (self.state, self.best) = checkpoint.restore(self.run, "last", saved)
-            if self.config.iterations <= self.done and (self.run / "result.json").exists():
+            if self.config.iterations < self.done or (self.config.iterations == self.done and self.finished()):
                 raise ConfigError(
                     "iterations",
                     self.config.iterations,
@@ -197,6 +201,11 @@ class Session:
         self.metrics.cut_back(self.done)
         rows = [row for row in self.metrics.read() if "steps" in row]
         self.steps = rows[-1]["steps"] if rows else 0
+
+    def finished(self) -> bool:
+        """Whether the result is that of the present state. A shorter run that is being extended has one as well."""
+        path = self.run / "result.json"
+        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["train"]["iterations"] == self.done
 
     def go_on(self) -> None:
         """Trains to the end, evaluates and writes the result."""
@@ -320,7 +329,9 @@ class Session:
         checkpoint.save(self.run, "best", self.done, self.best)
         mean = result.returns.mean((1, 3))
         scores = {"trial_return": score, "return_before": mean[:, 0], "return_after": mean[:, -1]}
-        self.metrics.write({"iteration": self.done, "evaluation": {"split": result.split, **scores}})
+        # A run that was killed after its last evaluation, but before its end, evaluates once more when it is resumed.
+        if not any("evaluation" in row and row["iteration"] == self.done for row in self.metrics.read()):
+            self.metrics.write({"iteration": self.done, "evaluation": {"split": result.split, **scores}})
         return result
 
     def finish(self, check: Callable[[], None]) -> None:
@@ -420,13 +431,9 @@ def restore_learner(run: Path, composed: Composed, learner: MetaLearner, family:
     config = composed.config
     seeds = seed_list(config)
     train = jax.eval_shape(lambda: training.init(learner, family, seeds))
-    best = jax.eval_shape(lambda: untried(train.learner, len(seeds))) if config.eval.every else None
+    best = jax.eval_shape(lambda learner: untried(learner, len(seeds)), train.learner) if config.eval.every else None
     if config.eval.checkpoint == "last":
         return checkpoint.restore(run, "last", Checkpoint(train, best))[1].train.learner
-    if best is None:
-        raise ConfigError(
-            "eval.checkpoint", "best", "this run kept no best state", hint="Train with eval.every=N to keep one."
-        )
     return checkpoint.restore(run, "best", best)[1].learner
 
 
@@ -445,22 +452,21 @@ def configure_jax(config: RunConfig) -> None:
     """
     import jax
 
-    if config.device != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[config.device])
     jax.config.update("jax_enable_x64", config.precision == "float64")
     jax.config.update("jax_default_matmul_precision", {"bfloat16": "bfloat16"}.get(config.precision, "highest"))
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{cache}/metarl/jax")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    try:
-        jax.devices()
-    except RuntimeError as error:
+    # `config` has told JAX already, unless this process computed before: a notebook, or a sweep over devices.
+    elsewhere = config.device == "cpu" and jax.default_backend() != "cpu"
+    jax.config.update("jax_default_device", jax.devices("cpu")[0] if elsewhere else None)
+    if config.device == "gpu" and jax.default_backend() != "gpu":
         raise ConfigError(
             "device",
             config.device,
-            f"JAX finds no such device ({str(error).splitlines()[0]})",
+            f"JAX finds no such device, only {jax.default_backend()}",
             hint="Take device=cpu, or install the GPU build of JAX (README, 'GPU').",
-        ) from error
+        )
 
 
 @contextlib.contextmanager
@@ -536,11 +542,11 @@ def _remove_empty(created: list[Path]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing."""
+    """All of it or nothing; NaN and infinity are written as null, as in metrics.jsonl."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(exist_ok=True)
-        new.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+        new.write_text(json.dumps(plain(content), indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
         new.replace(path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}. Check the free space.") from error
@@ -584,7 +590,7 @@ def print_curve(result: Evaluation, summary: dict[str, Any], composed: Composed,
 def provenance() -> dict[str, Any]:
     import jax
 
-    device = jax.devices()[0]
+    device: Any = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     packages = ("metarl", "jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "hydra-core", "orbax-checkpoint")
     stats = device.memory_stats() or {}
     return {
@@ -600,7 +606,10 @@ def provenance() -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """Of the source tree that metarl runs from, if it is one; `-dirty` if it has changes."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    tree = Path(__file__).parents[1]
+    if not (tree / ".git").exists():  # an installed metarl may lie within the repository of somebody else
+        return None
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
