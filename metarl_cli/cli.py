@@ -304,12 +304,13 @@ def _list(words: list[str]) -> int:
             lists = (*catalogue.KINDS, "fields")
             raise MetarlError(f"{kind}: there is no such list. Lists: {', '.join(lists)}.{_nearest(kind, lists)}")
     known = catalogue.groups(Path(options["--config-dir"]) if "--config-dir" in options else None)
+    width = 2 + max(len(name) for group in catalogue.KINDS.values() for name in known.get(group, {}))
     for kind in kinds or catalogue.KINDS:
         group = catalogue.KINDS[kind]
         if len(kinds) != 1:
             print(f"{kind} ({group}=NAME)")
         for name, file in known.get(group, {}).items():
-            print(f"{'' if len(kinds) == 1 else '  '}{name:<16}{catalogue.headline(file)}")
+            print(f"{'' if len(kinds) == 1 else '  '}{name:<{width}}{catalogue.headline(file)}")
     return 0
 
 

@@ -222,7 +222,7 @@ def cold_start(overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        command = [sys.executable, "-m", "metarl_cli.cli", "train", *overrides, f"hydra.run.dir={run}"]
+        command = [str(Path(sys.executable).with_name("metarl")), "train", *overrides, f"hydra.run.dir={run}"]
         began = time.time()
         subprocess.run(command, env=environment, capture_output=True, check=True)
         wall = time.time() - began
