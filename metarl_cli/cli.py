@@ -104,7 +104,6 @@ Continues an interrupted run from its last checkpoint, as if it had never stoppe
 
   iterations=500           a finished run goes on to that many meta-iterations
   device=cpu               elsewhere than before
-  eval.KEY=VALUE           another evaluation at the end
 """
 
 _LIST = """\

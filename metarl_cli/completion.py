@@ -90,7 +90,7 @@ def _run(before: list[str], word: str) -> list[str]:
         return _directories(word or ("runs/" if Path("runs").is_dir() else ""))
     import yaml
 
-    sections = {"eval": ("eval", "env", "device"), "resume": ("eval", "iterations", "device")}[before[0]]
+    sections = {"eval": ("eval", "env", "device"), "resume": ("iterations", "device")}[before[0]]
     try:
         config = yaml.safe_load((Path(before[1]) / "config.yaml").read_text(encoding="utf-8"))
         keys = [key for key, _ in catalogue.leaves({name: config[name] for name in sections})]
