@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -57,7 +58,7 @@ class Known(NamedTuple):
     """Beside what its `EnvParams` say."""
 
     derived: dict[str, tuple[str, Callable[[Any], Any]]]  # field -> how it follows from the others
-    shown: tuple[int, str] | None = None  # the feature of the observation that tells most in a figure
+    shown: tuple[str, Callable[[Any], Any]] | None = None  # what tells most in a figure, of observations [T, D]
 
 
 # All 26 environments of gymnax 1.0.1 were read for this; the others have no such fields. A subclass counts as its parent.
@@ -67,7 +68,7 @@ KNOWN: dict[type[Environment], Known] = {
             "total_mass": ("masscart + masspole", lambda p: p.masscart + p.masspole),
             "polemass_length": ("masspole * length", lambda p: p.masspole * p.length),
         },
-        (2, "pole angle (rad)"),
+        ("pole angle (rad)", lambda x: x[:, 2]),
     ),
     # The centre of mass is the middle of a link. Without this the length of the second link would change nothing at all.
     Acrobot: Known(
@@ -75,11 +76,12 @@ KNOWN: dict[type[Environment], Known] = {
             "link_com_pos_1": ("link_length_1 / 2", lambda p: p.link_length_1 / 2),
             "link_com_pos_2": ("link_length_2 / 2", lambda p: p.link_length_2 / 2),
         },
-        (0, "cos of the first joint"),
+        # Of links of length 1, whatever they are: at 1 the episode ends. The second angle is relative to the first.
+        ("height of the tip", lambda x: -x[:, 0] - x[:, 0] * x[:, 2] + x[:, 1] * x[:, 3]),
     ),
-    Pendulum: Known({}, (0, "cos of the angle")),
-    MountainCar: Known({}, (0, "position")),
-    ContinuousMountainCar: Known({}, (0, "position")),
+    Pendulum: Known({}, ("height of the tip / length", lambda x: x[:, 0])),
+    MountainCar: Known({}, ("position", lambda x: x[:, 0])),
+    ContinuousMountainCar: Known({}, ("position", lambda x: x[:, 0])),
     # The end of the clock that is part of the observation.
     BernoulliBandit: Known({"t_max": ("max_steps_in_episode", lambda p: p.max_steps_in_episode)}),
 }
@@ -309,22 +311,21 @@ class Gymnax(TaskFamily):
         return None
 
     def draw(self, axes: Any, task: Any, batch: Batch) -> None:
-        """A feature of the observation over time, or the reward summed so far; and the task's numbers."""
+        """What tells most over time, else the reward summed so far; the task's numbers stand below."""
         projected = isinstance(self.env, Projected)
         shown = None if projected else known(self.inner).shown
         for k, valid in enumerate(batch.valid):
-            line = np.cumsum(batch.reward[k]) if shown is None else batch.observation[k][:, shown[0]]
-            steps = np.arange(1, valid.sum() + 1)
-            if len(steps):
-                axes.plot(steps, line[valid], color="C0", linewidth=0.7, alpha=0.6)
+            line = np.cumsum(batch.reward[k][valid]) if shown is None else shown[1](batch.observation[k][valid])
+            if len(line):
+                axes.plot(np.arange(1, len(line) + 1), line, color="C0", linewidth=0.6, alpha=0.6)
                 if batch.terminated[k][valid][-1]:
                     end = {"color": "C1", "markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.4}
-                    axes.plot(steps[-1], line[valid][-1], "o", linestyle="none", label="terminated", zorder=3, **end)
+                    axes.plot(len(line), line[-1], "o", linestyle="none", label="terminated", zorder=3, **end)
         params = task.params if projected else task
-        lines = [f"{name} {float(getattr(params, name)):.3g}" for name in sorted({*self.vary, *self.ood})]
-        place = {"transform": axes.transAxes, "ha": "right", "va": "top", "zorder": 0.5}
-        axes.text(0.98, 0.98, "\n".join(lines), fontsize=5, color="0.3", **place)
-        axes.set(xlabel="step", ylabel="summed reward" if shown is None else shown[1])
+        numbers = [f"{name} {float(getattr(params, name)):.3g}" for name in sorted({*self.vary, *self.ood})]
+        below = textwrap.wrap(", ".join(numbers).replace(" ", "\xa0").replace(",\xa0", ", "), 30)
+        axes.set_xlabel("\n".join(["step", *below]), fontsize=6)
+        axes.set_ylabel("summed reward" if shown is None else shown[0])
 
 
 # Settings

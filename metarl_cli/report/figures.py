@@ -202,7 +202,8 @@ def trajectories(
 
 @_styled
 def parameters(values: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """How the numbers that make a task are distributed, a panel for each.
+    """How the numbers that make a task are distributed, a panel for each; every histogram has its peak at the same height,
+    else one that is narrow, or a single value, would hide the others.
 
     Args:
         values: name of the number -> split -> its values `[N]` in N tasks.
@@ -215,17 +216,17 @@ def parameters(values: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         every = np.concatenate(list(splits.values()))
         edges = np.histogram_bin_edges(every, bins=100)
         for (split, x), colour in zip(splits.items(), (BLUE, ORANGE, GREY), strict=False):
-            weights = np.full(x.shape, 1 / len(x))
-            axes.hist(x, edges, weights=weights, color=colour, alpha=0.3)
-            axes.hist(x, edges, weights=weights, color=colour, histtype="step", linewidth=0.7)
+            height = np.histogram(x, edges)[0]
+            axes.stairs(height / height.max(), edges, color=colour, fill=True, alpha=0.3)
+            axes.stairs(height / height.max(), edges, color=colour, linewidth=0.7)
             axes.fill_between([], [], color=colour, alpha=0.5, linewidth=0, label=split)
-        axes.set(xlabel=name, yticks=[])
+        axes.set(xlabel=name, yticks=[], ylim=(0, 1.05))
         axes.margins(x=0.05)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         axes.grid(False)
     for axes in panels.flat[len(values) :]:
         axes.remove()
-    panels[0, 0].set_ylabel("share of tasks")
+    panels[0, 0].set_ylabel("relative frequency")
     _legend(figure, panels.flat, columns=3)
     return figure
 

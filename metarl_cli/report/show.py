@@ -74,13 +74,18 @@ def random_action(key: Key, spec: Spaces) -> jax.Array:
 
 def numbers(family: TaskFamily) -> dict[str, dict[str, np.ndarray]]:
     """The single numbers that differ between tasks: name -> split -> `[N]`. What `test` draws is what `train` draws."""
+    shapes = jax.tree.leaves_with_path(jax.eval_shape(family.sample, jax.random.key(0)))
+    single = {i: path for i, (path, x) in enumerate(shapes) if x.shape == () and np.issubdtype(x.dtype, np.floating)}
     keys = jax.random.split(jax.random.key(0), DRAWS)
     found: dict[str, dict[str, np.ndarray]] = {}
-    for split in family.splits:
+    for split in family.splits if single else ():
         if split == "test":
             continue
-        tasks = jax.jit(jax.vmap(lambda key, split=split: family.sample(key, split)))(keys)
-        for path, x in jax.tree.leaves_with_path(tasks):
-            if x.shape == (DRAWS,) and np.issubdtype(x.dtype, np.floating):
-                found.setdefault(jax.tree_util.keystr(path[-1:], simple=True), {})[split] = np.asarray(x)
+
+        def draw(key: Key, split: str = split) -> list[jax.Array]:  # nothing else of the task is computed
+            leaves = jax.tree.leaves(family.sample(key, split))
+            return [leaves[i] for i in single]
+
+        for path, x in zip(single.values(), jax.jit(jax.vmap(draw))(keys), strict=True):
+            found.setdefault(jax.tree_util.keystr(path[-1:], simple=True), {})[split] = np.asarray(x)
     return {name: splits for name, splits in found.items() if any(np.ptp(x) > 0 for x in splits.values())}
