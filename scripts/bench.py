@@ -53,6 +53,7 @@ def compile_seconds(overrides: list[str], cache: Path) -> float:
 
 
 def compile_here(overrides: list[str]) -> float:
+    import jax
     import jax.numpy as jnp
 
     from metarl_cli import training
@@ -62,7 +63,8 @@ def compile_here(overrides: list[str]) -> float:
     began = time.perf_counter()
     counts = (jnp.asarray(1), jnp.asarray(composed.config.iterations), jnp.asarray(1))
     lowered = training.train_chunk.lower(state, learner, family, *counts)
-    lowered.compile({"xla_backend_optimization_level": 2})  # as the runner does on a CPU
+    options: Any = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None  # as the runner
+    lowered.compile(options)
     return time.perf_counter() - began
 
 
