@@ -8,6 +8,7 @@ It may know the family's `prior`, never the task.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, NoReturn
 
@@ -119,15 +120,16 @@ def sample_gamma(key: Key, shape: jax.Array) -> jax.Array:
     d = jnp.where(small, shape + 1, shape) - 1 / 3
     c = 1 / jnp.sqrt(9 * d)
     key_tries, key_small = jax.random.split(key)
+    low = jnp.nextafter(jnp.array(-1, d.dtype), jnp.array(0, d.dtype))  # as jax.random.normal has it: erfinv(-1) is infinite
 
     def attempt(carry):
         i, value, done = carry
-        key_normal, key_uniform = jax.random.split(jax.random.fold_in(key_tries, i))
-        x = jax.random.normal(key_normal, shape.shape)
-        u = jax.random.uniform(key_uniform, shape.shape)
+        # One draw for a normal and a uniform number: each call of the generator has its price.
+        draws = jax.random.uniform(jax.random.fold_in(key_tries, i), (2, *shape.shape), minval=low, maxval=1)
+        x = math.sqrt(2) * jax.scipy.special.erfinv(draws[0])
         v = (1 + c * x) ** 3
         log_v = jnp.log(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
-        accepted = (v > 0) & (jnp.log(u) < 0.5 * x**2 + d * (1 - v + log_v))
+        accepted = (v > 0) & (jnp.log((1 + draws[1]) / 2) < 0.5 * x**2 + d * (1 - v + log_v))
         return i + 1, jnp.where(done, value, d * v), done | accepted
 
     start = (0, jnp.zeros_like(d), jnp.zeros(shape.shape, bool))

@@ -477,20 +477,22 @@ class OptimalSweep(Classical):
 
 class BayesOptimalSettings(AlgoSettings):
     def build(self, family: TaskFamily) -> Classical:
-        prior, n, spec = family.prior, family.episodes, spaces(family)
+        prior, n = family.prior, family.episodes
         if isinstance(prior, BernoulliArms) and family.horizon == 1:
             table = solve_counts(prior.k, n)
-            return OptimalArms(best=jnp.asarray(table.best), after=jnp.asarray(table.after), k=prior.k, spec=spec, planned=n)
+            return OptimalArms(
+                best=jnp.asarray(table.best), after=jnp.asarray(table.after), k=prior.k, spec=spaces(family), planned=n
+            )
         if isinstance(prior, CorrelatedArms) and family.horizon == 1:
-            return OptimalCorrelated(values=prior.values, spec=spec)
+            return OptimalCorrelated(values=prior.values, spec=spaces(family))
         if isinstance(prior, InformativeArms) and family.horizon == 1:
             asks = jnp.asarray(solve_informative(prior, n).asks)
-            return OptimalInformative(asks=asks, prior=prior, spec=spec, planned=n)
+            return OptimalInformative(asks=asks, prior=prior, spec=spaces(family), planned=n)
         if isinstance(prior, TwoStep):
             # Further episodes of several rounds go through the same switches again: only the first is known to be optimal.
-            return OptimalTwoStep(prior=prior, spec=spec, planned=None if prior.rounds == 1 else 1)
+            return OptimalTwoStep(prior=prior, spec=spaces(family), planned=None if prior.rounds == 1 else 1)
         if isinstance(prior, GoalGrid) and (sweep := solve_sweep(prior, family.horizon)) is not None:
-            return OptimalSweep(paths=jnp.array([sweep.first, sweep.second]), prior=prior, spec=spec)
+            return OptimalSweep(paths=jnp.array([sweep.first, sweep.second]), prior=prior, spec=spaces(family))
         refuse(
             family, "bayes_optimal", "env=bandit (few arms or pulls), bandit_uniform, bandit_informative, two_step, grid_nav"
         )
