@@ -71,6 +71,8 @@ def _train(before: list[str], word: str) -> list[str]:
         own, known = None, catalogue.groups()
     trained = catalogue.trained(known["algo"])
     known["algo"] = {name: file for name, file in known["algo"].items() if (name in trained) != (command == "eval")}
+    if command == "eval":
+        known = {"algo": known["algo"], "env": known["env"]}
     group, equals, _ = word.partition("=")
     if equals:
         return [f"{group}={name} " for name in known.get(group, ())]
