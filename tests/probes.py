@@ -12,7 +12,7 @@ import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams, EnvState
 
-from metarl_cli import config
+from metarl_cli import catalogue, config
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.types import Key, pytree, static
@@ -168,8 +168,10 @@ def one_step(space: Any, reward: Callable[[jax.Array, jax.Array], jax.Array], ep
 
 def build(algo: str, family: TaskFamily, **settings: Any) -> Any:
     """The learner of `configs/algo/<algo>.yaml` with some settings changed; `memory__features=4` is `memory.features`."""
+    groups = catalogue.groups()
+    env = next(name for name in groups["env"] if f"{algo}_{name}" not in groups["tuned"])  # the defaults, nothing else
     lines = [f"algo.{name.replace('__', '.')}={'null' if v is None else v}" for name, v in settings.items()]
-    return config.compose([f"algo={algo}", *lines]).config.algo.build(family)
+    return config.compose([f"algo={algo}", f"env={env}", *lines]).config.algo.build(family)
 
 
 def eval_settings(**settings: Any) -> EvalSettings:
@@ -205,7 +207,7 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 0
 
 
 def finite_differences(f: Callable[[jax.Array], jax.Array], x: jax.Array, step: float = 1e-5) -> np.ndarray:
-    """The gradient of `f` at `x [n]` by central differences: the error is of the order step^2 + 1e-16 / step, 1e-10."""
+    """The derivative `[n, ...]` of `f` at `x [n]` by central differences, exact to about step^2 + 1e-16 / step = 1e-10."""
     offsets = step * jnp.eye(x.size)
     up, down = jax.jit(jax.vmap(lambda d: (f(x + d), f(x - d))))(offsets)
     return np.asarray((up - down) / (2 * step))

@@ -70,7 +70,8 @@ def test_gae_against_a_loop(float64, gamma, lam):
     reward, value, next_value = RNG.normal(size=(3, *shape))
     terminated = RNG.random(shape) < 0.2
     done = terminated | (RNG.random(shape) < 0.2)
-    actual = gae(*map(jnp.array, (reward, value, next_value, terminated, done)), gamma, lam)
+    arrays: Any = map(jnp.array, (reward, value, next_value, terminated, done))
+    actual = gae(*arrays, gamma, lam)
     for i in np.ndindex(shape[:-1]):
         expected = loop_gae(reward[i], value[i], next_value[i], terminated[i], done[i], gamma, lam)
         np.testing.assert_allclose(actual[i], expected, rtol=1e-12, atol=1e-12)
@@ -133,7 +134,7 @@ def test_linear_baseline_in_float32_explains_what_is_linear_in_its_features():
     target = 2 * observation[..., 0] - observation[..., 1] ** 2 - 40 * (1 - time)
     valid = jnp.ones((20, 100), bool)
     error = linear_baseline(jnp.array(observation), jnp.array(target), valid) - target
-    # The ridge of 1e-5 leaves a bias: about 1e-5 |w| / (smallest eigenvalue of the Gram matrix, about 1e-3) = 0.4 at the most.
+    # The ridge leaves a bias: 1e-5 |w| / (smallest eigenvalue of the Gram matrix, about 1e-3), 0.4 at the most.
     assert np.abs(error).mean() < 0.1
     assert np.abs(error).mean() < 0.01 * target.std()
 

@@ -30,10 +30,8 @@ HORIZON, EPISODES = 4, 3
 
 def act(discrete: bool, carry: Any, observation: Any, previous: Any, key: Any):
     """A random policy that counts its steps and keeps what it was told."""
-    if discrete:
-        action = jax.random.randint(key, (), 0, 3)
-    else:
-        action = 1.5 * jax.random.normal(key, (2,))  # often beyond the box
+    # A continuous one is often beyond the box.
+    action = jax.random.randint(key, (), 0, 3) if discrete else 1.5 * jax.random.normal(key, (2,))
     return carry + 1, action, (carry, previous)
 
 
@@ -53,7 +51,7 @@ def test_against_a_replay_in_plain_python(trials):
     kinds = set()
     for i in range(20):
         task = jax.tree.map(lambda x, i=i: x[i], tasks)
-        ended = 0
+        ended, position, time = 0, np.nan, 0
         for t in range(EPISODES * HORIZON):
             if t == 0 or batch.terminated[i, t - 1] or batch.truncated[i, t - 1]:  # a fresh start somewhere in [-1, 1]
                 position, time = float(batch.observation[i, t, 0]), 0
