@@ -157,7 +157,7 @@ class MAML(MetaLearner):
             loss, gradient = self.gradient(params, data)
             updates, optimizer = self.optimizer().update(gradient, optimizer, params)
             params = optax.apply_updates(params, updates)
-            return (params, optimizer), {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+            return (params, optimizer), {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
 
         epochs = self.epochs if self.outer == "ppo" else 1
         (params, optimizer), metrics = jax.lax.scan(epoch, (state.params, state.optimizer), None, length=epochs)
@@ -202,7 +202,7 @@ class MAML(MetaLearner):
         )
         metrics = {
             "loss": value,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "kl": step.kl,
             "accepted": step.accepted.astype(float),
             "backtracks": step.backtracks.astype(float),

@@ -144,7 +144,7 @@ class RL2(MetaLearner):
             params, optimizer = carry
             (_, metrics), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, data)
             updates, optimizer = self.optimizer().update(gradient, optimizer, params)
-            metrics["grad_norm"] = optax.global_norm(gradient)
+            metrics["grad_norm"] = optax.tree.norm(gradient)
             return (optax.apply_updates(params, updates), optimizer), metrics
 
         def epoch(carry, _):
