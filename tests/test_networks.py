@@ -34,7 +34,9 @@ def random_like(params: Any, scale: float = 0.5) -> Any:
     """Random numbers in every place, so that none hides behind an initial 0."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(42), len(leaves))
-    return jax.tree.unflatten(structure, [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
 
 
 # --- feed-forward policies

@@ -110,14 +110,19 @@ def choose(key: Key, values: jax.Array) -> jax.Array:
     return jnp.argmax(jnp.where(ties, jax.random.uniform(key, values.shape), -1))
 
 
-def sample_gamma(key: Key, shape: jax.Array) -> jax.Array:
+def sample_gamma(key: Key, shape: jax.Array, below_one: bool = True) -> jax.Array:
     """Gamma(shape, 1), exact, for shapes > 0: Marsaglia and Tsang 2000.
 
     All entries are tried at once until the last is accepted (at least 95 of 100 are in each round). `jax.random.gamma`
-    goes through them one by one on a CPU, which takes eight times as long.
+    goes through them one by one on a CPU, which takes several times as long.
+
+    Args:
+        below_one: whether some shapes may be; they need an additional draw.
     """
-    small = shape < 1
-    d = jnp.where(small, shape + 1, shape) - 1 / 3
+    # In one dimension, of which XLA makes much faster code than of several short ones.
+    wanted = shape.ravel()
+    small = wanted < 1
+    d = (jnp.where(small, wanted + 1, wanted) if below_one else wanted) - 1 / 3
     c = 1 / jnp.sqrt(9 * d)
     key_tries, key_small = jax.random.split(key)
     low = jnp.nextafter(jnp.array(-1, d.dtype), jnp.array(0, d.dtype))  # as jax.random.normal has it: erfinv(-1) is infinite
@@ -125,27 +130,28 @@ def sample_gamma(key: Key, shape: jax.Array) -> jax.Array:
     def attempt(carry):
         i, value, done = carry
         # One draw for a normal and a uniform number: each call of the generator has its price.
-        draws = jax.random.uniform(jax.random.fold_in(key_tries, i), (2, *shape.shape), minval=low, maxval=1)
+        draws = jax.random.uniform(jax.random.fold_in(key_tries, i), (2, d.size), minval=low, maxval=1)
         x = math.sqrt(2) * jax.scipy.special.erfinv(draws[0])
         v = (1 + c * x) ** 3
         log_v = jnp.log(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
         accepted = (v > 0) & (jnp.log((1 + draws[1]) / 2) < 0.5 * x**2 + d * (1 - v + log_v))
         return i + 1, jnp.where(done, value, d * v), done | accepted
 
-    start = (0, jnp.zeros_like(d), jnp.zeros(shape.shape, bool))
+    start = (0, jnp.zeros_like(d), jnp.zeros(d.shape, bool))
     value = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), attempt, start)[1]
-    # Gamma(a) = Gamma(a + 1) U^(1/a) for a < 1.
-    u = jax.random.uniform(key_small, shape.shape, minval=jnp.finfo(d.dtype).tiny)
-    return jnp.where(small, value * u ** (1 / jnp.where(small, shape, 1)), value)
+    if below_one:  # Gamma(a) = Gamma(a + 1) U^(1/a)
+        u = jax.random.uniform(key_small, d.shape, minval=jnp.finfo(d.dtype).tiny)
+        value = jnp.where(small, value * u ** (1 / jnp.where(small, wanted, 1)), value)
+    return value.reshape(shape.shape)
 
 
 def sample_beta(key: Key, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Beta(a, b), elementwise."""
-    gammas = sample_gamma(key, jnp.stack([a, b]))
+    """Beta(a, b), elementwise, for a and b >= 1."""
+    gammas = sample_gamma(key, jnp.stack([a, b]), below_one=False)
     return gammas[0] / jnp.sum(gammas, axis=0)
 
 
-def sample_dirichlet(key: Key, alpha: jax.Array) -> jax.Array:
-    """Dirichlet over the last axis."""
-    gammas = sample_gamma(key, alpha)
+def sample_dirichlet(key: Key, alpha: jax.Array, below_one: bool = True) -> jax.Array:
+    """Dirichlet over the last axis; `below_one`: see `sample_gamma`."""
+    gammas = sample_gamma(key, alpha, below_one)
     return gammas / jnp.sum(gammas, axis=-1, keepdims=True)

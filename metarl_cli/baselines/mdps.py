@@ -49,6 +49,7 @@ class MDPPrior:
     states: int = static()
     actions: int = static()
     horizon: int = static()
+    sparse: bool = static()  # whether `count` is below 1: then sampling takes longer
 
     def belief(self) -> MDPBelief:
         shape = (self.states, self.actions)
@@ -78,10 +79,10 @@ def expected_mdp(belief: MDPBelief) -> tuple[jax.Array, jax.Array]:
     return belief.mean, belief.counts / jnp.sum(belief.counts, axis=-1, keepdims=True)
 
 
-def sample_mdp(key: Key, belief: MDPBelief) -> tuple[jax.Array, jax.Array]:
+def sample_mdp(key: Key, belief: MDPBelief, sparse: bool) -> tuple[jax.Array, jax.Array]:
     key_reward, key_transition = jax.random.split(key)
     reward = belief.mean + jax.random.normal(key_reward, belief.mean.shape) / jnp.sqrt(belief.precision)
-    return reward, sample_dirichlet(key_transition, belief.counts)
+    return reward, sample_dirichlet(key_transition, belief.counts, below_one=sparse)
 
 
 def backward_induction(reward: jax.Array, transition: jax.Array, horizon: int, bonus: jax.Array | None = None) -> jax.Array:
@@ -174,7 +175,7 @@ class PSRL(Classical):
 
     def begin(self, belief: MDPBelief, key: Key, episode: jax.Array) -> MDPPlan:
         def draw(i, values):
-            mdp = sample_mdp(jax.random.fold_in(key, i), belief)
+            mdp = sample_mdp(jax.random.fold_in(key, i), belief, self.prior.sparse)
             return jnp.maximum(values, backward_induction(*mdp, self.prior.horizon))
 
         shape = (self.prior.horizon, self.prior.states, self.prior.actions)
@@ -333,6 +334,7 @@ def mdp_prior(settings: BayesianMDPSettings, family: TaskFamily, learner: str) -
         states=prior.states,
         actions=prior.actions,
         horizon=prior.horizon,
+        sparse=or_true(settings.prior_count, prior.dirichlet) < 1,
     )
 
 
