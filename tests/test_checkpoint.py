@@ -197,9 +197,7 @@ class Kill(BaseException):
 
 
 @pytest.mark.parametrize("iteration", [3, 4], ids=["same iteration", "next iteration"])
-def test_a_kill_at_any_step_of_a_save_leaves_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
-):
+def test_a_kill_at_any_step_of_a_save_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int):
     """Dies before the 1st, 2nd, ... operation that touches the disk, until a save gets through."""
     operations = [(Path, "mkdir"), (Path, "rename"), (checkpoint.shutil, "rmtree")]
     operations += [(checkpoint, name) for name in ("_write_arrays", "_sha256", "_write_synced", "_sync")]
@@ -256,9 +254,7 @@ def test_kill_9_while_saving(tmp_path: Path):
     rng = np.random.default_rng(0)
     done = 0
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVES, tmp_path, str(done + 1)], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-c", SAVES, tmp_path, str(done + 1)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         saved = [int(process.stdout.readline()) for _ in range(3)]
         time.sleep(rng.uniform(0, 0.1))

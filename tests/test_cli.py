@@ -144,9 +144,7 @@ def test_several_mistakes_are_several_paragraphs(capsys: pytest.CaptureFixture[s
     assert [line[:14] for line in err.splitlines()] == ["metarl: seed=-", "metarl: seeds="]
 
 
-def test_messages_are_wrapped_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_messages_are_wrapped_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "50")
     assert main(["train", "algo.inner_lrr=3"]) == 2
@@ -242,9 +240,7 @@ def test_every_key_in_the_short_help_exists(capsys: pytest.CaptureFixture[str]) 
     assert len(keys) > 15 and keys <= known
 
 
-def test_help_with_a_choice_lists_every_key(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_with_a_choice_lists_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["train", "algo=rl2", "env=bandit", "algo.clip=0.25", "--help"]) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}

@@ -42,7 +42,7 @@ class Telltale(Learner):
         return Plan(points=2, episodes=2)
 
     def trial(self, state: Any, key: Key, family: TaskFamily, task: Any, plan: Plan) -> Trial:
-        (leaf,) = (x for x in jax.tree.leaves(task) if x.ndim)  # goal [2] or probability [k]
+        leaf = next(x for x in jax.tree.leaves(task) if x.ndim)  # goal [2] or probability [k]
         told = jnp.stack([leaf[0], leaf[1], state, leaf.sum()]).reshape(plan.points, plan.episodes)
         drawn = jax.random.uniform(key, (plan.points, plan.episodes))
         empty = jnp.zeros((plan.points, plan.episodes, 1))
