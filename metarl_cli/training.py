@@ -47,7 +47,8 @@ def init(learner: MetaLearner, family: TaskFamily, seeds: list[int]) -> TrainSta
 def _init(learner: MetaLearner, family: TaskFamily, seeds: jax.Array) -> TrainState:
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
     key_init, key_train = keys[:, 0], keys[:, 1]
-    state = jax.vmap(lambda key: learner.init(key, family))(key_init)
+    # One after another: several batched QR decompositions (of orthogonal weights) at once can lock up JAX's threads.
+    state = jax.lax.map(lambda key: learner.init(key, family), key_init)
     single = jax.tree.map(lambda x: x[0], (state, key_train))
     _, metrics = jax.eval_shape(_update, learner, *single, family, jnp.zeros(()))
     n = len(seeds)

@@ -89,7 +89,7 @@ def live(learner: Learner, family: TaskFamily, settings: EvalSettings, seeds: li
     from metarl_cli import evaluation
 
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    state = jax.vmap(lambda key: learner.init(key, family))(keys)
+    state = jax.lax.map(lambda key: learner.init(key, family), keys)
     return evaluation.evaluate(learner, state, family, settings, seeds)
 
 

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}"
 
-# No persistent cache: reading back a program that the same process has compiled crashed JAX 0.10.2 in a long session.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-
 import jax
 import pytest
 
@@ -21,7 +18,14 @@ SETTINGS = {
     "jax_enable_x64": False,
     "jax_platforms": None,
     "jax_default_matmul_precision": "highest",
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What has been compiled is kept beside pytest's own cache."""
+    directory = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +39,16 @@ def jax_settings() -> None:
     for name, value in SETTINGS.items():
         if getattr(jax.config, name) != value:
             jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs() -> Iterator[None]:
+    """Every compiled program keeps some memory mapped, and Linux allows a process 65,530 maps: all tests need more.
+
+    What comes then is no error but a crash inside LLVM.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def trains_two_iterations(lines: list[str]) -> None:
     assert (rows["steps"] > 0).all()
     changed = jax.tree.map(lambda new, old: np.any(np.asarray(new) != old), state.learner, before)
     assert any(jax.tree.leaves(changed))
-    # The two seeds have nothing in common.
-    assert (rows["trial_return"][:, 0] != rows["trial_return"][:, 1]).any()
+    # The two seeds have nothing in common. (Not their returns: of so short episodes those are all equal in some families.)
+    assert any(np.any(x[0] != x[1]) for x in map(np.asarray, jax.tree.leaves(state.learner)))
 
 
 @pytest.mark.parametrize(("algo", "env"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)])
