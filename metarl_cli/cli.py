@@ -230,8 +230,12 @@ def _sweep(overrides: list[str], config_dir: Path | None) -> int:
         print(f"\nRun {len(codes)}: {' '.join(overrides[:-1])}", flush=True)  # the last one is its directory
         try:
             composed = config.compose(overrides, config_dir)
+            import jax
+
             from metarl_cli import runner
 
+            # A compiled program keeps memory mapped: those of 40 runs would exceed what Linux allows a process.
+            jax.clear_caches()
             runner.train(composed)
             codes.append(0)
         except MetarlError as error:

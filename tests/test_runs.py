@@ -820,6 +820,21 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [result(Path("sweep") / str(i))["seeds"] for i in range(2)] == [[0], [5]]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone lists and limits the memory maps of a process")
+def test_a_sweep_keeps_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run maps memory more than a thousand times; a process may 65,530 times."""
+    maps, train = [], runner.train
+
+    def counted(composed: Any) -> Path:
+        maps.append(len(Path("/proc/self/maps").read_text().splitlines()))
+        return train(composed)
+
+    monkeypatch.setattr(runner, "train", counted)
+    lines = walker("seeds=1", "env.k=3,4,5", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert metarl("train", "-m", f"--config-dir={own_configs(tmp_path)}", *lines) == 0
+    assert len(maps) == 3 and maps[2] - maps[1] < 100
+
+
 def test_one_seed_is_labelled_as_over_tasks_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path / "run", walker("seeds=1", "seed=3"))
     content = result(run)
