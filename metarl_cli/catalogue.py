@@ -53,6 +53,13 @@ def trained(algos: dict[str, Path]) -> dict[str, Path]:
     return {name: file for name, file in algos.items() if "metarl_cli.baselines." not in file.read_text(encoding="utf-8")}
 
 
+def fitting(command: str, known: Groups) -> Groups:
+    """The files that a command can use: `train` the algorithms that are trained, `eval` without a run the others."""
+    trains = trained(known["algo"])
+    algos = trains if command == "train" else {name: file for name, file in known["algo"].items() if name not in trains}
+    return known | {"algo": algos}
+
+
 def headline(file: Path) -> str:
     """The first comment line that is no directive such as `# @package _global_`."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

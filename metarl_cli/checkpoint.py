@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarl_cli.core.errors import RunError
+from metarl_cli.core.errors import Misfit, RunError
 
 Name = Literal["last", "best"]
 
@@ -225,10 +225,11 @@ def _as_leaf(array: np.ndarray, like: Any, key: str | None) -> Any:
 
 
 def _check_fit(folder: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
-    for leaf in expected | saved:  # the order of what is expected first: that is what the reader knows
+    # What one of them lacks says more than another shape; then the order of what is expected: what the reader knows.
+    for leaf in sorted(expected | saved, key=lambda leaf: leaf in expected and leaf in saved):
         there, here = saved.get(leaf, "missing"), expected.get(leaf, "unknown")
         if there != here:
-            raise RunError(
+            raise Misfit(
                 f"{folder} does not fit: it was saved by another algorithm or with other settings. "
                 f"The first difference is `{leaf}`: {there} in the checkpoint, {here} in this configuration. "
                 "Use the settings in config.yaml of the run."

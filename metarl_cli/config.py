@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import itertools
 import os
@@ -36,7 +37,7 @@ from pydantic import BeforeValidator, ValidationError
 
 from metarl_cli import catalogue
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
-from metarl_cli.core.settings import AlgoSettings, EvalSettings, FamilySettings, Settings, setting
+from metarl_cli.core.settings import MAX_SEED, AlgoSettings, EvalSettings, FamilySettings, Settings, setting
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -59,7 +60,7 @@ Numbers = Annotated[tuple[int | float, ...], BeforeValidator(lambda v: tuple(v) 
 class RunConfig(Settings):
     """What every command that composes a config has."""
 
-    seed: int = setting("the first seed", ge=0)
+    seed: int = setting("the first seed", ge=0, le=MAX_SEED)
     seeds: int = setting("how many seeds run side by side in one program: seed, seed+1, ...", ge=1)
     device: Literal["auto", "cpu", "gpu"] = setting("where it runs; auto: on the GPU where JAX finds one")
     precision: Literal["float32", "float64", "bfloat16"] = setting("of all numbers; bfloat16: of matrix products only")
@@ -142,7 +143,7 @@ def _compose(command: str, cls: type[C], overrides: Sequence[str], config_dir: P
 
     known = catalogue.groups(config_dir)
     with _hydra():
-        parsed = [_parse(override, known) for override in overrides]
+        parsed = [_parse(override, known, fitting=catalogue.fitting(command, known)) for override in overrides]
         for override in parsed:
             if override.is_sweep_override():
                 raise _several_values(override, known)
@@ -160,6 +161,10 @@ def _compose(command: str, cls: type[C], overrides: Sequence[str], config_dir: P
         resolved = _resolve(config)
     if cls is EvalConfig and not any(override.key_or_group == "iterations" for override in for_us):
         resolved.pop("iterations", None)  # of the YAML of a learner that is to be trained: `build` finds better words
+    for name in resolved["plugins"] if isinstance(resolved["plugins"], list) else ():
+        if isinstance(name, str) and importlib.util.find_spec(name.partition(".")[0]) is None:
+            hint = "A package of your own has to be installed or on PYTHONPATH."
+            raise ConfigError("plugins", name, "there is no such package", hint=hint)
     if resolved["plugins"] and not any(override.key_or_group == "plugins" for override in for_us):
         raise ConfigError(
             "plugins",
@@ -195,7 +200,9 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
         stored = OmegaConf.load(file)
         recorded: Any = OmegaConf.to_container(stored)
     except Exception as error:  # of the file system, the encoding, YAML or OmegaConf
-        raise RunError(f"{file}: cannot be read: {_first_line(error)}. Start the run again.") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}, line {mark.line + 1}" if mark else str(file)
+        raise RunError(f"{where}: cannot be read: {_first_line(error)}. Start the run again.") from None
     choices = recorded.pop("choices", None) if isinstance(recorded, dict) else None
     if not isinstance(stored, DictConfig) or not isinstance(choices, dict) or choices.keys() != {"algo", "env"}:
         raise RunError(f"{file}: is no config of a metarl run: `choices` with `algo` and `env` is missing.")
@@ -281,6 +288,8 @@ def build(config: TrainConfig, algo: str = "NAME", env: str = "NAME") -> tuple[M
 def build_untrained(config: RunConfig) -> tuple[Learner, TaskFamily]:
     """The same for any learner."""
     family = build_family(config)
+    if config.seed + config.seeds - 1 > MAX_SEED:
+        raise ConfigError("seeds", config.seeds, f"the last seed, seed + seeds - 1, would be above {MAX_SEED}")
     if config.eval.checkpoint == "best" and not config.eval.every:
         hint = "Train with eval.every=N to keep one."
         raise ConfigError("eval.checkpoint", "best", "a run with eval.every=0 keeps no best state", hint=hint)
@@ -566,7 +575,9 @@ def _unknown_key(
     if group in choices:
         others = [name for name in known.get(group, ()) if name != choices[group] and _has_key(group, name, key, known)]
         if others:
-            hints.append(f"{' and '.join(f'{group}={name}' for name in others)}, not {group}={choices[group]}, has it.")
+            some = ", ".join(f"{group}={name}" for name in others[:3])
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            hints.append(f"{some}{more} {'have' if len(others) > 1 else 'has'} it, {group}={choices[group]} does not.")
     hints.append(f"Keys of {section.key}: " if section.key else "Keys at the top: ")
     hints[-1] += f"{', '.join(section.cls.model_fields)}."
     return ConfigError(key, _show(value), "no such key", hint=" ".join(hints))
@@ -610,8 +621,15 @@ def _hydra() -> Iterator[Hydra]:
         GlobalHydra().hydra, HydraConfig().cfg, BaseContainer._resolvers = outer, outer_config, resolvers
 
 
-def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None) -> Override:
-    """One override. `hydra` is needed where a sweep is to be expanded."""
+def _parse(
+    line: str, known: catalogue.Groups, hydra: Hydra | None = None, fitting: catalogue.Groups | None = None
+) -> Override:
+    """One override.
+
+    Args:
+        hydra: needed where a sweep is to be expanded.
+        fitting: of the `known` files those that the command can use, for messages.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -647,7 +665,8 @@ def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None) -> Ov
     if is_group and not override.is_sweep_override():
         choice = override.value()
         if not isinstance(choice, dict) and not (isinstance(choice, str) and choice in known[name]):
-            raise ConfigError(name, _show(choice), f"no such {catalogue.noun(name)}", allowed=known[name])
+            allowed = (fitting or known)[name]
+            raise ConfigError(name, _show(choice), f"no such {catalogue.noun(name)}", allowed=allowed)
     return override
 
 

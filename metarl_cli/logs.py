@@ -180,6 +180,12 @@ def say(text: str, console: Console, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=True)
 
 
+def tell(text: str, console: Console) -> None:
+    """Prints text and keeps it in log.txt."""
+    say(text, console)
+    logger.debug(text)
+
+
 class Progress:
     """How far the training is: a bar on a terminal; elsewhere the first line, the last and one about every tenth part.
 
@@ -224,8 +230,11 @@ class Progress:
         self.iteration, self._status = iteration, ""
         self._before, self._after, self._rate = before, after, steps_per_second
         tenth = 10 * iteration // self.total
-        if self._live is None and (tenth > self._tenth or iteration >= self.total):
-            say("  ".join(part for part in self._parts() if part), self.console)
+        if tenth > self._tenth or iteration >= self.total:
+            line = "  ".join(part for part in self._parts() if part)
+            logger.debug(line)
+            if self._live is None:
+                say(line, self.console)
         self._tenth = max(tenth, self._tenth)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -279,6 +288,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], con
         padded = (x.rjust(w) if r else x.ljust(w) for x, w, r in zip(line, widths, right, strict=True))
         return "  ".join(padded).rstrip()
 
+    logger.debug("\n".join([title, aligned(columns), *map(aligned, cells)]))
     lines = [Text(title, style="bold"), Text(aligned(columns), style="dim"), *(Text(aligned(row)) for row in cells)]
     for line in lines:
         console.print(line, soft_wrap=True)  # too narrow a terminal wraps, so that no digit is lost

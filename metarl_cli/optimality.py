@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from metarl_cli import evaluation
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.settings import EvalSettings
+from metarl_cli.core.statistics import summarise
 
 if TYPE_CHECKING:
     from metarl_cli.evaluation import Evaluation
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 def compare(result: Evaluation, family: TaskFamily, settings: EvalSettings) -> dict[str, Any]:
     """What `result.json` holds under `evaluation.<split>.optimum`; nothing where no optimum is known.
 
-    `value` is the expected trial return of the best learner (null where it does not fit in memory) and `method` how it was
-    computed; `random` is that of random actions, simulated on the same tasks. `share` is 0 for chance and 1 for the optimum;
-    luck with the tasks can carry it a little beyond.
+    `value` is the expected trial return of the best learner (null where it is not computed) and `method` how it was
+    computed, or why not; `random` is that of random actions. `share` is 0 for chance and 1 for the optimum: what the learner
+    gained over chance on the same tasks, which takes most of the luck with the tasks out, over what the best learner gains
+    in expectation. `share_ci_low` and `share_ci_high` are its 95 % interval; what is left of the luck can carry it a little
+    beyond 1. It is null where chance is as good as it gets.
     """
     from metarl_cli.baselines.generic import Random
     from metarl_cli.baselines.optimum import optimum
@@ -28,13 +31,22 @@ def compare(result: Evaluation, family: TaskFamily, settings: EvalSettings) -> d
     if best is None:
         return {}
     found = best.as_dict()
-    if best.value is not None:
-        chance = evaluation.evaluate(
-            Random(spec=spaces(family)), (), family, settings.model_copy(update={"episodes": episodes}), [0]
-        )
-        random = float(chance.trial_return.mean())
-        share = (float(result.trial_return.mean()) - random) / (best.value - random)
-        found |= {"random": random, "share": share}
+    if best.value is None:
+        return {"optimum": found}
+
+    def chance(**changes: Any) -> Any:
+        own = settings.model_copy(update={"episodes": episodes, **changes})
+        return evaluation.evaluate(Random(spec=spaces(family)), (), family, own, [0]).trial_return
+
+    same = expected = chance()
+    if settings.tasks is not None and not best.of_tasks:  # they may be few: what is expected of chance takes more
+        expected = chance(tasks=None)
+    random, error = float(expected.mean()), float(expected.std()) / max(1, expected.size - 1) ** 0.5
+    gap = best.value - random
+    found |= {"random": random, "share": None}
+    if gap > 3 * error + 1e-6 * abs(best.value):
+        share = summarise((result.trial_return - same) / gap)
+        found |= {"share": share["mean"], "share_ci_low": share["ci_low"], "share_ci_high": share["ci_high"]}
     return {"optimum": found}
 
 
@@ -47,4 +59,8 @@ def describe(found: dict[str, Any]) -> str:
         text += f", its regret {found['regret']:.3f}"
     if "episodes" in found:
         text += f", by episode {', '.join(f'{x:.3f}' for x in found['episodes'])}"
-    return f"{text}\nrandom: {found['random']:.2f}; the share of the gap that is closed: {100 * found['share']:.1f} %"
+    text += f"\nrandom: {found['random']:.2f}; "
+    if found["share"] is None:
+        return text + "there is no gap to close"
+    low, high = 100 * found["share_ci_low"], 100 * found["share_ci_high"]
+    return text + f"the share of the gap that is closed: {100 * found['share']:.1f} % [{low:.1f}, {high:.1f}]"

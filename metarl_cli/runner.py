@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rich.console import Console
 
 from metarl_cli.config import Composed, RunConfig, TrainConfig, build, from_run, save
-from metarl_cli.core.errors import ConfigError, MetarlError, RunError
+from metarl_cli.core.errors import ConfigError, MetarlError, Misfit, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 from metarl_cli.core.types import Batch
-from metarl_cli.logs import MetricsFile, Progress, log_to, plain, table
+from metarl_cli.logs import MetricsFile, Progress, log_to, plain, table, tell
 
 if TYPE_CHECKING:
     from metarl_cli.evaluation import Evaluation
@@ -104,7 +104,14 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
     from metarl_cli import evaluation, optimality
 
     config = composed.config
-    state = restore_learner(run, composed, learner, family)
+    try:
+        state = restore_learner(run, composed, learner, family)
+    except Misfit as error:
+        changed = [line for line in overrides if line.lstrip("+").startswith("env.")]
+        if not changed:
+            raise
+        problem = "the learner was trained on tasks of another shape"
+        raise RunError(f"{', '.join(changed)}: {problem}, and its parameters do not fit these. ({error})") from None
     result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
     folder = run / "evaluations"
     stem = f"{config.eval.split}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -118,7 +125,7 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
     return path
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadedRun:
     """A trained learner for a notebook.
 
@@ -132,6 +139,9 @@ class LoadedRun:
     state: Any
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        return f"LoadedRun({str(self.path)!r}, seeds={seed_list(self.config)}, {type(self.learner).__name__})"
 
 
 def load(run: str | Path, checkpoint: Literal["last", "best"] = "last") -> LoadedRun:
@@ -181,6 +191,7 @@ class Session:
         self.compile_seconds = self.train_seconds = 0.0
         self.trained_steps = 0  # in this process, for the speed
         self.started = time.monotonic()
+        self.seconds_before = 0.0  # of the processes that were interrupted
         self.saved = time.monotonic()
         self.reported: set[int] = set()
 
@@ -188,6 +199,9 @@ class Session:
         """From the last checkpoint, if there was time for one; the metrics are cut back to it."""
         from metarl_cli import checkpoint
 
+        if checkpoint.latest(self.run, "last") is None and (self.run / "result.json").exists():
+            problem = "the run had ended, but its checkpoints are missing, so there is nothing to go on from"
+            raise RunError(f"{self.run / 'checkpoints'}: {problem}. Restore them from a copy, or train again.")
         if checkpoint.latest(self.run, "last") is not None:
             saved = Checkpoint(self.state, self.best)
             self.done, (self.state, self.best) = checkpoint.restore(self.run, "last", saved)
@@ -198,9 +212,14 @@ class Session:
                     f"this run has already done {self.done} meta-iterations",
                     hint=f"Extend it with a larger number: metarl resume {self.run} iterations={2 * self.done}",
                 )
+        if all(at >= 0 for at in self.state.failed_at.tolist()):
+            raise RunError(
+                f"{self.run}: the training diverged in every seed, so there is nothing to go on with. Train again."
+            )
         self.metrics.cut_back(self.done)
         rows = [row for row in self.metrics.read() if "steps" in row]
         self.steps = rows[-1]["steps"] if rows else 0
+        self.seconds_before = rows[-1]["seconds"] if rows else 0.0
 
     def finished(self) -> bool:
         """Whether the result is that of the present state. A shorter run that is being extended has one as well."""
@@ -271,15 +290,23 @@ class Session:
                     "iteration": min((first + row + 1) * log_every, self.config.iterations),
                     "steps": self.steps,
                     **{name: values[name] for name in sorted(values)},
-                    "seconds": round(time.monotonic() - self.started, 3),
+                    "seconds": round(self.seconds(), 3),
                     "steps_per_second": round(rate, 1),
                 }
             )
         self.done += n
         if last > first:
             self.trained_steps += int(rows["steps"].sum())
-            before, after = (float(np.nanmean(rows[name][-1])) for name in ("return_before", "return_after"))
+            alive = np.isfinite(rows["return_before"][-1])  # a failed seed has no numbers
+            before, after = (
+                float(rows[name][-1][alive].mean()) if alive.any() else float("nan")
+                for name in ("return_before", "return_after")
+            )
             progress.update(self.done, before, after, rate)
+
+    def seconds(self) -> float:
+        """That the run has taken, without what was lost between its last line of metrics and an interruption."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def report_failures(self, failed_at: list[int]) -> None:
         """Raises `Diverged` if no seed is left."""
@@ -291,14 +318,14 @@ class Session:
                 self.reported.add(i)
                 logging.getLogger("metarl").warning(
                     f"seed {self.seeds[i]}: {names[int(self.state.failed_by[i])]} turned NaN or infinite in meta-iteration "
-                    f"{at}; its last good state is kept."
+                    f"{at + 1}; its last good state is kept."
                 )
         if all(at >= 0 for at in failed_at):
             self.save()
             write_json(self.run / "result.json", self.result("diverged"))
             raise Diverged(
                 f"Training diverged: {names[int(self.state.failed_by[0])]} turned NaN or infinite in meta-iteration "
-                f"{failed_at[0]} (seed {self.seeds[0]}). The last good state is in {self.run / 'checkpoints'}. "
+                f"{failed_at[0] + 1} (seed {self.seeds[0]}). The last good state is in {self.run / 'checkpoints'}. "
                 "A smaller algo.lr, algo.inner_lr or algo.max_grad_norm may help."
             )
 
@@ -345,18 +372,17 @@ class Session:
             if self.config.eval.checkpoint == "best":
                 state = self.best.learner
                 result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
+        write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
         found = result.summary() | optimality.compare(result, self.family, self.config.eval)
         summary = {**self.result("completed"), "evaluation": {result.split: found}}
-        write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
         write_json(self.run / "result.json", summary)
         print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
         self.draw(result, summary["evaluation"][result.split]["curve"])
         speed = summary["train"]
-        self.console.print(
+        tell(
             f"\nTrained {speed['steps'] * len(self.seeds):,} steps in {speed['wall_seconds']:.1f} s "
             f"({speed['compile_seconds']:.1f} s of it compiling). Everything is in {self.run}",
-            soft_wrap=True,
-            highlight=False,
+            self.console,
         )
 
     def draw(self, result: Evaluation, curve: list[dict[str, Any]]) -> None:
@@ -371,7 +397,11 @@ class Session:
             moments = [range(p // 2), range(p // 2, p)] if p > 1 else [range(1)]
         else:
             moments = [range(i, i + 1) for i in sorted({0, min(1, p - 1), p - 1})]
-        titles = [f"episodes {m[0] * k + 1} to {(m[-1] + 1) * k}" for m in moments]
+        spans = [(m[0] * k + 1, (m[-1] + 1) * k) for m in moments]
+        titles = [f"episodes {first} to {last}" if first < last else f"episode {first}" for first, last in spans]
+        ends = (
+            ("before adaptation", "after adaptation") if k > 1 else ("first episode of a trial", "last episode of a trial")
+        )
         tasks = [jax.tree.map(lambda x, i=i: x[i], result.shown_tasks) for i in range(len(result.shown.valid))]
 
         def moment(i: int, points: range) -> Batch:
@@ -384,9 +414,10 @@ class Session:
         batches = [[moment(i, points) for points in moments] for i in range(len(tasks))]
         try:
             folder = self.run / "figures"
-            figures.save(figures.learning_curve(rows), folder / "learning_curve")
+            figures.save(figures.learning_curve(rows, ends), folder / "learning_curve")
             figures.save(figures.adaptation_curve(curve, label=self.composed.algo), folder / "adaptation_curve")
-            figures.save(figures.trajectories(self.family, tasks, batches, titles), folder / "trajectories")
+            who = f", seed {self.seeds[0]}" if len(self.seeds) > 1 else ""
+            figures.save(figures.trajectories(self.family, tasks, batches, titles, who), folder / "trajectories")
         except OSError as error:
             logging.getLogger("metarl").warning(f"the figures could not be written: {error}")
 
@@ -408,7 +439,7 @@ class Session:
                 "steps": self.steps,
                 "steps_per_second": self.trained_steps / max(self.train_seconds, 1e-9),
                 "compile_seconds": self.compile_seconds,
-                "wall_seconds": time.monotonic() - self.started,
+                "wall_seconds": self.seconds(),
             },
             "best": best,
             **provenance(),
@@ -518,7 +549,9 @@ def make_directory(composed: Composed) -> Path:
             n += 1
             run = original.with_name(f"{original.name}-{n}")
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ConfigError(key, run, "already in use", hint="Take another directory, or `metarl resume` to go on there.")
+        if (run / "config.yaml").exists():
+            raise ConfigError(key, run, "already in use", hint="Take another directory, or `metarl resume` to go on there.")
+        raise ConfigError(key, run, "not an empty directory, and no run either", hint="Take another one.")
     created = [path for path in [run, *run.parents] if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -576,15 +609,15 @@ def print_curve(result: Evaluation, summary: dict[str, Any], composed: Composed,
     title = f"\n{composed.algo} on {composed.env}, {n} {result.split} tasks, {s} seed{'s' if s > 1 else ''}"
     table(title, ("episodes", "steps", "return", f"95% over {over}", "iqm"), rows, console)
     total = summary["trial_return"]
-    console.print(
+    tell(
         f"trial return (sum over {result.returns.shape[2] * k} episodes): "
         f"{total['mean']:.2f} [{total['ci_low']:.2f}, {total['ci_high']:.2f}]",
-        highlight=False,
+        console,
     )
     if "optimum" in summary:
         from metarl_cli.optimality import describe
 
-        console.print(describe(summary["optimum"]), highlight=False, soft_wrap=True)
+        tell(describe(summary["optimum"]), console)
 
 
 def provenance() -> dict[str, Any]:

@@ -63,8 +63,8 @@ def evaluate(composed: Composed[EvalConfig]) -> Path:
     else:
         result = live(learner, family, config.eval, seeds)
     split = config.eval.split
-    summary = result.summary() | optimality.compare(result, family, config.eval)
     write_arrays(run / "evaluation.npz", result.arrays() | {"seeds": seeds})
+    summary = result.summary() | optimality.compare(result, family, config.eval)
     head = {
         "schema_version": SCHEMA_VERSION,
         "status": "completed",

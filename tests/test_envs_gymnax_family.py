@@ -359,6 +359,7 @@ MISTAKES = [
     ("env.vary.length.normal=[1,2]", ["env.vary.length=uniform, normal: must be one distribution", "uniform=null"]),
     ("env.vary.length.uniform=null", ["env.vary.length={}: must be one distribution", "env.vary.length=null"]),
     ("env.vary.length=0.5", ["env.vary.length=0.5: is no distribution", "{fixed: 0.5}"]),
+    ("env.vary.length.uniform=[-1,1]", ["env.vary.length: can be as low as -1, but has to be positive"]),
     ("env.vary.length.uniform=[2,1]", ["env.vary.length.uniform=[2,1]: low must be below high"]),
     ("env.vary.length.uniform=[1,2,3]", ["env.vary.length.uniform=[1,2,3]: must be [low, high]"]),
     ("env.vary.length.uniform=[[1,3],[2,4]]", ["intervals must be in order and apart"]),

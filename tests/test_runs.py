@@ -607,7 +607,7 @@ def test_a_broken_seed_is_reported_and_the_others_go_on(
     assert result(run)["status"] == "completed" and result(run)["failed_seeds"] == [breaking]
     quantity = "loss" if breaks == "loss" else "parameters"
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert f"seed {breaking}: {quantity} turned NaN or infinite in meta-iteration 5" in printed
+    assert f"seed {breaking}: {quantity} turned NaN or infinite in meta-iteration 6" in printed
     assert printed.count("turned NaN") == 1
     assert f"seed {breaking}: {quantity}" in (run / "log.txt").read_text()
 
@@ -637,16 +637,16 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(
     capsys.readouterr()
     assert metarl("train", f"--config-dir={own_configs(tmp_path)}", *lines, f"hydra.run.dir={run}") == 1
     message = capsys.readouterr().err
-    assert "loss turned NaN or infinite in meta-iteration 3" in message
+    assert "loss turned NaN or infinite in meta-iteration 4" in message
     assert str(run / "checkpoints") in message and "Traceback" not in message and len(message.splitlines()) == 1
 
     content = result(run)
     assert content["status"] == "diverged" and content["failed_seeds"] == [0, 1, 2]
     assert content["train"]["iterations"] < 400
     assert_identical(metarl_cli.load(run).state, metarl_cli.load(good).state)
-    # There is nothing to go on with, and resuming says so once more.
-    assert metarl("resume", run) == 1
-    assert "meta-iteration 3" in capsys.readouterr().err
+    # There is nothing to go on with.
+    assert metarl("resume", run) == 2
+    assert "diverged in every seed" in capsys.readouterr().err
     # But what there is can be evaluated.
     assert metarl("eval", run) == 0
     assert json.loads(evaluations(run)[0].read_text())["evaluation"] == result(good)["evaluation"]

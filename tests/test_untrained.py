@@ -47,8 +47,15 @@ def test_what_is_printed_and_written(elsewhere: Path, capsys: pytest.CaptureFixt
         assert arrays["returns"].sum((2, 3)).mean() == pytest.approx(evaluation["trial_return"]["mean"])
     best = evaluation["optimum"]
     assert best["value"] + best["regret"] == pytest.approx(6 * 3 / 4)  # the best of three uniform numbers
-    gap = best["value"] - best["random"]
-    assert best["share"] == pytest.approx((evaluation["trial_return"]["mean"] - best["random"]) / gap)
+    # Chance brings 1/2 a pull: 3, with a standard error of 0.015 over 10,000 tasks. The share is that of what was gained
+    # over chance on the same tasks.
+    assert best["random"] == pytest.approx(3, abs=0.06)
+    assert main(["eval", "algo=random", *SMALL, "hydra.run.dir=chance"]) == 0
+    chance = result(Path("chance"))["evaluation"]["test"]
+    gained = evaluation["trial_return"]["mean"] - chance["trial_return"]["mean"]
+    assert best["share"] == pytest.approx(gained / (best["value"] - best["random"]))
+    assert best["share_ci_low"] < best["share"] < best["share_ci_high"]
+    assert chance["optimum"]["share"] == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["choices"] == {"algo": "thompson", "env": "bandit"}
 
     # The same again, bit by bit, elsewhere; several seeds meet the same tasks.
@@ -97,7 +104,21 @@ def test_all_candidates_run_under_one_program() -> None:
     before = evaluation._trials._cache_size()
     tune = ["tune.key=algo.c", "tune.values=[0.1,0.25,1]"]
     assert main(["eval", "algo=ucb1", "env=bandit", "env.k=4", "env.n=5", "eval.tasks=11", *tune]) == 0
-    assert evaluation._trials._cache_size() == before + 2  # theirs, and that of chance
+    assert evaluation._trials._cache_size() == before + 3  # theirs, that of chance, and of chance on more tasks
+
+
+def test_an_optimum_is_no_reason_to_lose_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    # The target pays less than the informative arm tells of: nobody has computed that optimum.
+    assert (
+        main(["eval", "algo=random", "env=bandit_informative", "env.target=0.5", "eval.tasks=5", "hydra.run.dir=one"]) == 0
+    )
+    assert "optimal: not computed" in capsys.readouterr().out
+    assert result(Path("one"))["evaluation"]["test"]["optimum"]["value"] is None
+    # Two arms that both pay with probability 1/2: chance is as good as it gets.
+    lines = ["env=bandit_easy", "env.values=[0.5]", "env.n=2", "eval.tasks=7", "hydra.run.dir=two"]
+    assert main(["eval", "algo=random", *lines]) == 0
+    assert "there is no gap to close" in capsys.readouterr().out
+    assert result(Path("two"))["evaluation"]["test"]["optimum"]["share"] is None
 
 
 MISTAKES = [

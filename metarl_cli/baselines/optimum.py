@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from metarl_cli.baselines import exact
 from metarl_cli.baselines.mdps import backward_induction
+from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.types import BernoulliArms, CorrelatedArms, GoalGrid, InformativeArms, TabularMDP, TwoStep
 
@@ -21,10 +22,11 @@ class Optimum(NamedTuple):
     method: str  # how it was computed, or why it was not
     regret: float | None = None  # its expected regret over the trial, where that is defined
     episodes: tuple[float, ...] | None = None  # its expected return in each episode, where they differ
+    of_tasks: bool = False  # of the tasks at hand, not of the prior
 
     def as_dict(self) -> dict[str, Any]:
         """For result.json: without what is not known."""
-        return {name: x for name, x in self._asdict().items() if x is not None or name == "value"}
+        return {name: x for name, x in self._asdict().items() if name == "value" or (x is not None and name != "of_tasks")}
 
 
 def optimum(family: TaskFamily, tasks: Any, split: str, episodes: int) -> Optimum | None:
@@ -40,7 +42,7 @@ def optimum(family: TaskFamily, tasks: Any, split: str, episodes: int) -> Optimu
         # Every episode starts in state 0.
         values = jax.jit(jax.vmap(lambda task: backward_induction(task.reward, task.transition, prior.horizon)[0, 0]))
         value = float(jnp.mean(jnp.max(values(tasks), axis=-1))) * episodes
-        return Optimum(value, "value iteration in the true MDPs, a ceiling: who has to learn gets less")
+        return Optimum(value, "value iteration in the true MDPs, a ceiling: who has to learn gets less", of_tasks=True)
     if split not in ("train", "test"):
         return None
     if isinstance(prior, BernoulliArms) and family.horizon == 1:
@@ -53,7 +55,10 @@ def optimum(family: TaskFamily, tasks: Any, split: str, episodes: int) -> Optimu
         value, best = exact.correlated_value(prior.values, episodes)
         return Optimum(value, "exact posterior of p", episodes * best - value)
     if isinstance(prior, InformativeArms) and family.horizon == 1:
-        value = exact.solve_informative(prior, episodes).value
+        try:
+            value = exact.solve_informative(prior, episodes).value
+        except ConfigError as error:
+            return Optimum(None, error.problem)
         return Optimum(value, "dynamic program over the arms tried", episodes * prior.target - value)
     if isinstance(prior, TwoStep):
         if prior.rounds == 1:

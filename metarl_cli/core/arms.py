@@ -93,7 +93,7 @@ class ArmsFamily(TaskFamily):
         arms, means = np.arange(1, self.env.k + 1), np.asarray(self.means(task))
         share = np.bincount(batch.action[batch.valid], minlength=self.env.k) / max(1, batch.valid.sum())
         axes.bar(arms, means, width=0.8, color="0.86", label="mean reward")
-        axes.scatter(arms, means, s=150 * share, color="C0", label="pulls (area: their share)")
+        axes.scatter(arms, means, s=150 * share, color="C0", clip_on=False, zorder=3, label="pulls (area: their share)")
         axes.set(xlabel="arm", xticks=arms if self.env.k <= 12 else [1, self.env.k])
 
 

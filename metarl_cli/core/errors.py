@@ -46,3 +46,7 @@ class ConfigError(MetarlError):
 
 class RunError(MetarlError):
     """A run directory that cannot be used: which file, why, and what to do."""
+
+
+class Misfit(RunError):
+    """A checkpoint of another algorithm, or made with other settings."""

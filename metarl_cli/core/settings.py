@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from metarl_cli.core.interfaces import Learner, TaskFamily
 
 
+MAX_SEED = 2**31 - 1  # what fits into an int32
+
+
 class Settings(BaseModel):
     """A frozen section of the config. An unknown key, a wrong type and a value out of range are errors."""
 
@@ -82,7 +85,7 @@ class EvalSettings(Settings):
     tasks: int | None = setting("number of tasks; null: the published set where there is one, else 1000", ge=1)
     episodes: int | None = setting("episodes of a trial; null: as the learner and the family have it", ge=1)
     checkpoint: Literal["last", "best"] = setting("which state; best needs eval.every, and each seed has its own")
-    seed: int = setting("the tasks and all randomness of an evaluation derive from it alone", ge=0)
+    seed: int = setting("the tasks and all randomness of an evaluation derive from it alone", ge=0, le=MAX_SEED)
     every: int = setting(
         "evaluate every so many meta-iterations as well and keep the best checkpoint; 0: only at the end",
         unit="meta-iterations",

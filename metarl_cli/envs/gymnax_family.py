@@ -59,6 +59,7 @@ class Known(NamedTuple):
 
     derived: dict[str, tuple[str, Callable[[Any], Any]]]  # field -> how it follows from the others
     shown: tuple[str, Callable[[Any], Any]] | None = None  # what tells most in a figure, of observations [T, D]
+    positive: tuple[str, ...] = ()  # masses, lengths, times: at 0 or below they are no physics
 
 
 # All 26 environments of gymnax 1.0.1 were read for this; the others have no such fields. A subclass counts as its parent.
@@ -69,6 +70,7 @@ KNOWN: dict[type[Environment], Known] = {
             "polemass_length": ("masspole * length", lambda p: p.masspole * p.length),
         },
         ("pole angle (rad)", lambda x: x[:, 2]),
+        ("masscart", "masspole", "length", "tau", "theta_threshold_radians", "x_threshold"),
     ),
     # The centre of mass is the middle of a link. Without this the length of the second link would change nothing at all.
     Acrobot: Known(
@@ -78,10 +80,11 @@ KNOWN: dict[type[Environment], Known] = {
         },
         # Of links of length 1, whatever they are: at 1 the episode ends. The second angle is relative to the first.
         ("height of the tip", lambda x: -x[:, 0] - x[:, 0] * x[:, 2] + x[:, 1] * x[:, 3]),
+        ("dt", "link_length_1", "link_length_2", "link_mass_1", "link_mass_2", "link_moi", "max_vel_1", "max_vel_2"),
     ),
-    Pendulum: Known({}, ("height of the tip / length", lambda x: x[:, 0])),
-    MountainCar: Known({}, ("position", lambda x: x[:, 0])),
-    ContinuousMountainCar: Known({}, ("position", lambda x: x[:, 0])),
+    Pendulum: Known({}, ("height of the tip / length", lambda x: x[:, 0]), ("dt", "m", "l", "max_speed")),
+    MountainCar: Known({}, ("position", lambda x: x[:, 0]), ("max_speed",)),
+    ContinuousMountainCar: Known({}, ("position", lambda x: x[:, 0]), ("max_speed",)),
     # The end of the clock that is part of the observation.
     BernoulliBandit: Known({"t_max": ("max_steps_in_episode", lambda p: p.max_steps_in_episode)}),
 }
@@ -137,6 +140,15 @@ class Distribution:
     kind: str = static()  # of KINDS
     # uniform: low, high of each interval in turn; log_uniform: low, high; normal: mean, std, low, high
     values: tuple[float, ...]
+
+    @property
+    def lowest(self) -> float:
+        return self.values[2] if self.kind == "normal" else min(self.values)
+
+    @property
+    def positive(self) -> bool:
+        """Whether all that is drawn is; the bound of a continuous distribution is never drawn."""
+        return self.lowest > 0 or (self.lowest == 0 and self.kind in ("uniform", "normal"))
 
     def sample(self, key: Key) -> jax.Array:
         values = jnp.array(self.values, float)
@@ -362,6 +374,12 @@ class GymnaxSettings(FamilySettings):
                     raise ConfigError(section, field, f"{name} has no such field", allowed=allowed)
                 if not every[field].varies:
                     raise ConfigError(section, field, every[field].note, hint=f"These can vary: {', '.join(allowed)}.")
+                lowest = chosen[field].lowest
+                if field in known(inner).positive and not chosen[field].positive:
+                    problem = f"can be as low as {lowest:g}, but has to be positive"
+                    raise ConfigError(
+                        f"{section}.{field}", None, problem, hint="{normal: [mean, std, low, high]} has bounds."
+                    )
         if self.projection is None and all(chosen.kind == "fixed" for chosen in self.vary.values()):
             hint = "Give one a distribution, or set env.projection."
             raise ConfigError("env.vary", None, "nothing varies, so all tasks are the same", allowed=allowed, hint=hint)

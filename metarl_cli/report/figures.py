@@ -99,21 +99,24 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 @_styled
-def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return before and after adaptation against the environment steps of the training.
+def learning_curve(
+    rows: Sequence[Mapping[str, Any]], names: tuple[str, str] = ("before adaptation", "after adaptation")
+) -> Figure:
+    """Return at the start and at the end of a trial against the environment steps of the training.
 
     Thin lines are seeds, the thick one their mean, the band one standard deviation of the seeds to either side. More
     than 200 lines of metrics are averaged in windows; with one seed the unaveraged ones stay visible behind.
 
     Args:
         rows: the lines of metrics.jsonl, at least one; `None` (NaN) leaves a gap in that seed.
+        names: what start and end of a trial are, e.g. `before adaptation`, `after adaptation`.
     """
     figure = _figure(COLUMN, 2.3)
     axes = figure.add_subplot()
     steps = np.array([row["steps"] for row in rows], np.float64)
     scale, unit = _unit(steps.max())
     seeds = 1
-    for key, name, colour in (("return_before", "before", ORANGE), ("return_after", "after", BLUE)):
+    for key, name, colour in (("return_before", names[0], ORANGE), ("return_after", names[1], BLUE)):
         values = np.array([np.atleast_1d(np.asarray(row[key], np.float64)) for row in rows])  # [rows, S]
         seeds = values.shape[1]
         window = -(-len(rows) // _LINES)
@@ -124,7 +127,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0, zorder=1)
         elif window > 1:
             axes.plot(steps / scale, values, color=colour, linewidth=0.3, alpha=0.35, zorder=1)
-        axes.plot(x, mean, color=colour, label=f"{name} adaptation", zorder=3, marker="o" if len(x) == 1 else None)
+        axes.plot(x, mean, color=colour, label=name, zorder=3, marker="o" if len(x) == 1 else None)
     if seeds > 1:
         axes.fill_between([], [], color=GREY, alpha=0.3, linewidth=0, label=f"±1 s.d., {seeds} seeds")
     axes.set_xlabel(f"environment steps in training ({unit}per seed)")
@@ -154,8 +157,6 @@ def adaptation_curve(
     over = "seeds and tasks" if curve[0]["n_seeds"] > 1 else "tasks"
     band = f"95 % interval over {over}"
     axes.fill_between(episodes, low, high, color=BLUE, alpha=0.22, linewidth=0, label=band, zorder=1)
-    if marked:  # the interval belongs to the points, not to the lines between them
-        axes.vlines(episodes, low, high, color=BLUE, linewidth=0.8, zorder=2)
     for (name, value), dashes in zip((references or {}).items(), itertools.cycle(_DASHES)):
         axes.axhline(value, color=GREY, linewidth=0.9, linestyle=dashes, label=name, zorder=1.5)
     axes.set_xlabel("experience in the new task (episodes)")
@@ -168,7 +169,7 @@ def adaptation_curve(
 
 @_styled
 def trajectories(
-    family: TaskFamily, tasks: Sequence[Any], batches: Sequence[Sequence[Any]], titles: Sequence[str]
+    family: TaskFamily, tasks: Sequence[Any], batches: Sequence[Sequence[Any]], titles: Sequence[str], who: str = ""
 ) -> Figure:
     """What the learner did in M tasks (columns) at C moments of a trial (rows), drawn by the family.
 
@@ -180,6 +181,7 @@ def trajectories(
         tasks: M tasks, unbatched, numpy.
         batches: `[M][C]` batches `[K, T]` of one task at one moment, numpy.
         titles: C names of the moments, e.g. `before adaptation`.
+        who: follows the number of each task, e.g. `, seed 3`.
     """
     rows, columns = len(titles), len(tasks)
     side = min(1.75, TEXT / columns)
@@ -193,7 +195,7 @@ def trajectories(
             if m == 0:
                 axes.set_ylabel("\n".join(part for part in (title, axes.get_ylabel()) if part))
             axes.label_outer()
-        panels[0, m].set_title(f"task {m + 1}")
+        panels[0, m].set_title(f"task {m + 1}{who}")
     if panels[0, 0].get_aspect() == 1:
         _square(panels[0, 0])
     _legend(figure, panels.flat, columns=4)
