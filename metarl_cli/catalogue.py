@@ -87,11 +87,14 @@ def keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Itera
     values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
     package = re.match(r"(?:\s*\n)*#\s*@package\s+(\S+)", text)
     prefix = group.replace("/", ".") if package is None else package[1].replace("_global_", "")
-    below = [item for item in values.pop("defaults", []) if isinstance(item, dict)]
+    below = values.pop("defaults", [])
     values.pop("hydra", None)
+    for item in below:
+        if isinstance(item, str) and item in known.get(group, {}):  # of the same group: what this file starts from
+            yield from keys(known[group][item], group, chosen, known)
     yield from leaves(values, prefix)
     for item in below:
-        for name, choice in item.items():
+        for name, choice in item.items() if isinstance(item, dict) else ():
             path = (PurePosixPath("/") / group / name.removeprefix("override ").split("@")[0].strip()).as_posix()[1:]
             below_file = known.get(path, {}).get(chosen.get(path, str(choice)))
             if below_file is not None:

@@ -73,7 +73,7 @@ class RunConfig(Settings):
 class TrainConfig(RunConfig):
     """One run of `metarl train`."""
 
-    iterations: int = setting("length of the training", unit="meta-iterations", ge=1)
+    iterations: int = setting("length of the training", unit="meta-iterations", ge=0)
     log_every: int = setting("meta-iterations averaged in one line of metrics.jsonl", ge=1)
 
 

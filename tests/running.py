@@ -21,7 +21,7 @@ from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 ROOT = Path(__file__).parents[1]
 GROUPS = catalogue.groups()
 CORE = ("bandit", "point_nav")  # the two families that differ most: every algorithm trains on them, all others take turns
-TRAINED = [name for name, file in GROUPS["algo"].items() if "metarl_cli.baselines." not in file.read_text()]
+TRAINED = list(catalogue.trained(GROUPS["algo"]))
 PAIRS = [(algo, env) for env in CORE for algo in TRAINED]
 OTHER_PAIRS = [(TRAINED[i % len(TRAINED)], env) for i, env in enumerate(GROUPS["env"]) if env not in CORE]
 TIMING = ("seconds", "steps_per_second")  # all that may differ between two runs of the same seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class LinearPolicy:
     spec: Spaces
 
     def apply(self, params: Any, observation: jax.Array) -> DiagonalGaussian:
-        mean = observation @ params
+        mean = observation @ params["head"]
         return DiagonalGaussian(mean, jnp.zeros_like(mean))
 
 
@@ -45,8 +46,9 @@ def random_data(spec: Spaces, points: int, seed: int = 0) -> Data:
     observation = rng.normal(size=(*shape, spec.observation))
     action = rng.integers(spec.action, size=shape) if spec.discrete else rng.normal(size=(*shape, spec.action))
     valid = np.arange(T) < rng.integers(1, T + 1, size=(points, K, 1))
-    advantage, log_prob = rng.normal(size=shape), rng.normal(-1.5, 0.3, size=shape)
-    return jax.tree.map(jnp.array, Data(observation, action, advantage, log_prob, valid))
+    advantage, reward, value = rng.normal(size=(3, *shape))
+    log_prob = rng.normal(-1.5, 0.3, size=shape)
+    return jax.tree.map(jnp.array, Data(observation, action, advantage, reward, value, log_prob, valid))
 
 
 # --- the closed form
@@ -69,7 +71,7 @@ def test_meta_gradient_closed_form(float64, steps):
     #   second order: grad = (I - alpha H_0) ... (I - alpha H_{N-1}) g   with  g = H' theta_N - b',   first order: grad = g
     spec, alpha = Spaces(2, 2, False), 0.3
     inner, data = inner_loop(LinearPolicy(spec), alpha), random_data(spec, steps + 1)
-    before, last = jax.tree.map(lambda x: x[:-1], data), jax.tree.map(lambda x: x[-1], data)
+    last = jax.tree.map(lambda x: x[-1], data)
     theta = start = np.array([[0.5, -1.0], [2.0, 0.3]])
     chain = np.eye(2)
     for n in range(steps):
@@ -79,11 +81,15 @@ def test_meta_gradient_closed_form(float64, steps):
     h, b = quadratic(last)
     g = h @ theta - b
 
-    np.testing.assert_allclose(inner.adapt(jnp.array(start), before), theta, rtol=1e-12)
-    second = jax.grad(lambda x: inner.loss(inner.adapt(x, before), last))(jnp.array(start))
+    def adapted(inner, x):
+        return inner.replay({"body": {}, "head": x}, data)[-1]
+
+    np.testing.assert_allclose(adapted(inner, jnp.array(start))["head"], theta, rtol=1e-12)
+    second = jax.grad(lambda x: inner.loss(adapted(inner, x), last))(jnp.array(start))
     np.testing.assert_allclose(second, chain @ g, rtol=1e-10)
-    cut = lambda x: x + jax.lax.stop_gradient(inner.adapt(x, before) - x)  # noqa: E731
-    first = jax.grad(lambda x: inner.loss(cut(x), last))(jnp.array(start))
+    constant = dataclasses.replace(inner, first_order=True)
+    np.testing.assert_allclose(adapted(constant, jnp.array(start))["head"], theta, rtol=1e-12)
+    first = jax.grad(lambda x: inner.loss(adapted(constant, x), last))(jnp.array(start))
     np.testing.assert_allclose(first, g, rtol=1e-10)
     assert np.linalg.norm(second - first) > 0.05 * np.linalg.norm(first)
 
@@ -117,7 +123,7 @@ def test_advantages_against_plain_python(float64):
     for k in range(K):
         expected[k] = loop_gae(reward[k], value[k], np.append(value[k, 1:], 0), done[k], done[k], 0.9, 0.7)
     expected = np.where(valid, (expected - expected[valid].mean()) / expected[valid].std(), 0)
-    advantage = jax.jit(lambda batch, normaliser: inner_loop(None).advantage(batch.observation, batch, normaliser))
+    advantage = jax.jit(lambda batch, normaliser: inner_loop(None).data(batch.observation, batch, normaliser).advantage)
     actual = advantage(batch, NO_NORMALISER)
     # The conditioning of the normal equations (see test_returns.py) is felt here as well: 8 rows for 8 features.
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
@@ -132,11 +138,11 @@ def test_advantages_of_single_steps():
     reward = jnp.array([[1.0], [0.0], [0.0], [1.0]])
     yes = jnp.ones((4, 1), bool)
     batch = Batch(jnp.zeros((4, 1, 1)), yes, reward, ~yes, yes, yes, None, None)
-    advantage = inner_loop(None).advantage(batch.observation, batch, NO_NORMALISER)
+    advantage = inner_loop(None).data(batch.observation, batch, NO_NORMALISER).advantage
     np.testing.assert_allclose(advantage, [[0.5], [-0.5], [-0.5], [0.5]], atol=1e-4)
     # A single pull is compared with nothing: its advantage is its reward.
     single = jax.tree.map(lambda x: x[:1], batch)
-    np.testing.assert_array_equal(inner_loop(None).advantage(single.observation, single, NO_NORMALISER), [[1.0]])
+    np.testing.assert_array_equal(inner_loop(None).data(single.observation, single, NO_NORMALISER).advantage, [[1.0]])
 
 
 def garbage(x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -155,12 +161,12 @@ def test_garbage_after_an_episode_changes_nothing(float64, discrete):
     assert 0.2 < batch.valid.mean() < 0.9
     noisy = jax.tree.map(lambda x: garbage(x, batch.valid), batch)._replace(valid=batch.valid)
     inner = inner_loop(Policy(Spaces(2, 2, discrete), (3,), "tanh"))
-    advantage = jax.jit(lambda batch: inner.advantage(batch.observation, batch, NO_NORMALISER))
+    advantage = jax.jit(lambda batch: inner.data(batch.observation, batch, NO_NORMALISER).advantage)
     np.testing.assert_allclose(advantage(noisy), advantage(batch), rtol=1e-9, atol=1e-12)
-    data = random_data(Spaces(2, 2, discrete), 2)
+    data = random_data(Spaces(2, 2, discrete), 3)
     noise = jax.tree.map(lambda x: garbage(x, data.valid), data)._replace(valid=data.valid)
     params = inner.policy.init(jax.random.key(0))
-    adapt = jax.jit(inner.adapt)
+    adapt = jax.jit(inner.replay)
     assert_close(adapt(params, noise), adapt(params, data), rtol=1e-12, atol=1e-14)
 
 
@@ -180,7 +186,12 @@ def test_step_against_finite_differences(float64, discrete):
             total -= log_prob * data.advantage[k, t] / np.sum(data.valid)
         return total
 
-    actual, moved = jax.jit(lambda x: (inner.loss(x, data), ravel_pytree(inner.step(x, data, 0.5))[0]))(unravel(flat))
+    def step(theta):
+        return inner.step(inner.start(theta), data, 0.5).params
+
+    actual, moved = jax.jit(lambda x: (inner.loss(x, data), ravel_pytree(inner.step(inner.start(x), data, 0.5).params)[0]))(
+        unravel(flat)
+    )
     np.testing.assert_allclose(actual, jax.jit(loss)(flat), rtol=1e-12)
     # alpha = 0.3, scaled by 1/2
     np.testing.assert_allclose(moved, flat - 0.15 * finite_differences(loss, flat), rtol=1e-8, atol=1e-9)
@@ -188,7 +199,7 @@ def test_step_against_finite_differences(float64, discrete):
 
 @pytest.mark.parametrize("discrete", [True, False])
 def test_replay_gives_the_policy_that_acted(float64, discrete):
-    """THE condition of MAML: what `live` did at each point, `adapt` finds again from the recorded data."""
+    """THE condition of MAML: what `live` did at each point, `step` finds again from the recorded data."""
     family = walk(discrete)
     policy = Policy(Spaces(2, 3 if discrete else 2, discrete), (4,), "tanh")
     inner, params = inner_loop(policy, 0.5), policy.init(jax.random.key(0))
@@ -201,11 +212,11 @@ def test_replay_gives_the_policy_that_acted(float64, discrete):
     def live_and_replay(key, decay):
         batch, data = inner.live(params, key, family, task, normaliser, points=points, episodes=6, decay=decay)
         point = lambda i: jax.tree.map(lambda x: x[i], data)  # noqa: E731
-        adapted, replayed, unmoved = params, [], []
+        adapted, replayed, unmoved = inner.start(params), [], []
         for i in range(points):
             now = point(i)
-            log_prob = policy.apply(adapted, now.observation).log_prob(now.action)
-            # `adapt`, and `adapted`, replay with the full step.
+            log_prob = policy.apply(adapted.params, now.observation).log_prob(now.action)
+            # `adapted` replays with the full step.
             whole, last = inner.adapted(params, point(slice(0, i + 1)))
             replayed.append((log_prob, whole.log_prob(last.action)))
             unmoved.append(policy.apply(params, now.observation).log_prob(now.action))

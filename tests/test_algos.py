@@ -17,7 +17,7 @@ from metarl_cli.core.interfaces import MetaLearner
 from metarl_cli.core.settings import Settings
 
 # Classical learners, in baselines/, have nothing to train.
-TRAINED = sorted(name for name, file in catalogue.groups()["algo"].items() if "metarl_cli.algos." in file.read_text())
+TRAINED = sorted(catalogue.trained(catalogue.groups()["algo"]))
 # Values that make it quick, for whatever algorithm has the key.
 SMALL = {"meta_batch": 4, "minibatches": 2, "episodes": 2, "hidden": [3], "epochs": 2, "memory.features": 4}
 SWITCHES = [(name, {}) for name in TRAINED] + [("maml", {"outer": "trpo"}), ("maml", {"outer": "vpg"})]

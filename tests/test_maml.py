@@ -18,8 +18,8 @@ from scipy import stats
 from test_adapt import garbage, random_data
 
 from metarl_cli.algos import maml
-from metarl_cli.algos.maml import MAMLState
 from metarl_cli.core.errors import ConfigError
+from metarl_cli.core.gradient_based import State
 from metarl_cli.core.returns import Normaliser, RunningStats
 
 OUTER = ("ppo", "trpo", "vpg")
@@ -53,14 +53,14 @@ def made_up(learner: Any) -> tuple[Any, Any]:
     tasks = [random_data(learner.policy.spec, learner.inner_steps + 1, seed) for seed in range(learner.meta_batch)]
     data = jax.tree.map(lambda *x: jnp.stack(x), *tasks)
     advantage, valid = np.array(data.advantage[:, -1]), np.asarray(data.valid[:, -1])
-    for i, mask in enumerate(valid):  # as `InnerLoop.advantage` leaves them
+    for i, mask in enumerate(valid):  # as `InnerLoop.data` leaves them
         advantage[i] = (advantage[i] - advantage[i][mask].mean()) / advantage[i][mask].std()
     policy, last = jax.jit(jax.vmap(lambda d: learner.inner.adapted(params, d)))(data)
     data = data._replace(
         advantage=data.advantage.at[:, -1].set(advantage),
         log_prob=data.log_prob.at[:, -1].set(policy.log_prob(last.action)),
     )
-    return MAMLState(params, learner.optimizer().init(params), Normaliser(None, None)), data
+    return State(params, learner.optimizer().init(params), Normaliser(None, None)), data
 
 
 SEEN: Any = RunningStats(*map(np.asarray, (10.0, [0.3, 2.0], [20.0, 5.0])))  # type: ignore[arg-type]
@@ -81,8 +81,8 @@ def test_second_order_meta_gradient_against_finite_differences(float64, discrete
         return learner.task_loss(unravel(x), data)
 
     def with_constant_steps(x, data):  # what a first-order method differentiates
-        before, last = jax.tree.map(lambda x: x[:-1], data), jax.tree.map(lambda x: x[-1], data)
-        step = jax.lax.stop_gradient(ravel_pytree(inner.adapt(unravel(x), before))[0] - x)
+        last = jax.tree.map(lambda x: x[-1], data)
+        step = jax.lax.stop_gradient(ravel_pytree(inner.replay(unravel(x), data)[-1])[0] - x)
         log_prob = inner.policy.apply(unravel(x + step), last.observation).log_prob(last.action)
         return -jnp.sum(jnp.where(last.valid, jnp.exp(log_prob - last.log_prob) * last.advantage, 0)) / jnp.sum(last.valid)
 
@@ -106,10 +106,14 @@ def test_first_loss_and_gradient(float64):
     for outer in ("ppo", "vpg"):
         learner = learner_on(False, outer=outer)
         state, data = made_up(learner)
-        losses[outer] = jax.jit(learner.gradient)(state.params, data)
+        losses[outer] = gradient(learner)(state.params, data)
         np.testing.assert_allclose(losses[outer][0], 0, atol=1e-12)
     assert_close(losses["ppo"][1], losses["vpg"][1], rtol=1e-9)
     assert optax.tree.norm(losses["ppo"][1]) > 0.01
+
+
+def gradient(learner: Any) -> Any:
+    return jax.jit(lambda params, data: learner.gradient(learner.task_loss, params, data))
 
 
 def moved(params: Any) -> Any:
@@ -121,9 +125,9 @@ def test_tasks_at_once_change_nothing(float64):
     one = learner_on(False, task_batch=1)
     state, data = made_up(one)
     params = moved(state.params)
-    expected = jax.jit(one.gradient)(params, data)
+    expected = gradient(one)(params, data)
     for size in (0, 2):  # 2 does not divide 5
-        assert_close(jax.jit(learner_on(False, task_batch=size).gradient)(params, data), expected, rtol=1e-6, atol=1e-12)
+        assert_close(gradient(learner_on(False, task_batch=size))(params, data), expected, rtol=1e-6, atol=1e-12)
     # A step of the trust region. Conjugate gradients enlarge rounding by the condition number, which damping bounds.
     learners = [dataclasses.replace(learner_on(False, task_batch=size), damping=0.1) for size in (1, 2)]
     steps = [jax.jit(learner.trpo)(state.params, data) for learner in learners]
@@ -137,7 +141,9 @@ def test_garbage_after_an_episode_changes_nothing(float64, outer):
     state, data = made_up(learner)
     assert 0.3 < data.valid.mean() < 0.9
     noisy = jax.tree.map(lambda x: garbage(x, data.valid), data)._replace(valid=data.valid)
-    step = jax.jit((lambda d: learner.trpo(state.params, d)) if outer == "trpo" else (lambda d: learner.adam(state, d)[::2]))
+    step = jax.jit(
+        (lambda d: learner.trpo(state.params, d)) if outer == "trpo" else (lambda d: learner.improve(state, None, d)[::2])
+    )
     params, metrics = step(data)
     assert_close(step(noisy), (params, metrics), rtol=1e-6, atol=1e-9)
     assert metrics["grad_norm"] > 0.01 and metrics.get("accepted", 1) == 1
@@ -149,7 +155,7 @@ def test_garbage_after_an_episode_changes_nothing(float64, outer):
 def test_ppo_adapts_anew_in_each_epoch(float64):
     learner = learner_on(False, outer="ppo", epochs=3, clip=0.05, lr=0.05)
     state, data = made_up(learner)
-    params, optimizer, metrics = jax.jit(learner.adam)(state, data)
+    params, optimizer, metrics = jax.jit(lambda s, d: learner.improve(s, None, d))(state, data)
 
     def loss(params):  # over all tasks, without `map_tasks`
         return jnp.mean(jax.vmap(lambda d: learner.task_loss(params, d))(data))
@@ -172,7 +178,7 @@ def test_gradients_are_bounded_in_their_global_norm():
     # sgd would show it, Adam only in its first moment, which is (1 - 0.9) times the clipped gradient.
     learner = learner_on(False, outer="vpg", max_grad_norm=1e-3)
     state, data = made_up(learner)
-    _, optimizer, metrics = jax.jit(learner.adam)(state, data)
+    _, optimizer, metrics = jax.jit(lambda s, d: learner.improve(s, None, d))(state, data)
     assert metrics["grad_norm"] > 1e-2
     np.testing.assert_allclose(optax.tree.norm(optimizer[1][0].mu), 0.1 * 1e-3, rtol=1e-4)
 

@@ -69,11 +69,15 @@ class ValueHead(nn.Module):
 
 @dataclass(frozen=True)
 class Policy:
-    """A feed-forward policy: an MLP and a head."""
+    """A feed-forward policy: an MLP and a head.
+
+    With a `context` of C numbers its input is `[s, phi]`. phi is the parameter `"context"`, which `init` leaves to the caller.
+    """
 
     spec: Spaces
     widths: tuple[int, ...]
     activation: Activation
+    context: int = 0
 
     @property
     def body(self) -> MLP:
@@ -85,15 +89,18 @@ class Policy:
 
     def init(self, key: Key) -> Params:
         key_body, key_head = jax.random.split(key)
-        observation = jnp.zeros(self.spec.observation)
-        body = self.body.init(key_body, observation)
-        features = run(self.body, body, observation)
+        inputs = jnp.zeros(self.spec.observation + self.context)
+        body = self.body.init(key_body, inputs)
+        features = run(self.body, body, inputs)
         return {"body": body, "head": self.head.init(key_head, features)}
 
     def apply(self, params: Params, observation: jax.Array) -> Distribution:
         """`[..., D]` to a distribution with the same leading axes."""
-        features = run(self.body, params["body"], observation)
-        return run(self.head, params["head"], features)
+        inputs = observation
+        if self.context:
+            context = jnp.broadcast_to(params["context"], (*observation.shape[:-1], self.context))
+            inputs = jnp.concatenate([observation, context], axis=-1)
+        return run(self.head, params["head"], run(self.body, params["body"], inputs))
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,16 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Over the entries where `mask` holds; the standard deviation is never 0."""
+    mean = masked_mean(x, mask)
+    return mean, jnp.sqrt(masked_mean((x - mean) ** 2, mask)) + 1e-8
+
+
 def standardise(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean 0 and standard deviation 1 over the entries where `mask` holds; 0 elsewhere."""
-    centred = x - masked_mean(x, mask)
-    return jnp.where(mask, centred / (jnp.sqrt(masked_mean(centred**2, mask)) + 1e-8), 0)
+    mean, std = mean_and_std(x, mask)
+    return jnp.where(mask, (x - mean) / std, 0)
 
 
 def episode_returns(batch: Batch) -> jax.Array:
@@ -80,7 +86,11 @@ def linear_baseline(observation: jax.Array, target: jax.Array, valid: jax.Array)
     features = jnp.concatenate([s, s**2, t, t**2, t**3, jnp.ones_like(t)], axis=-1)
     rows = jnp.where(valid[..., None], features, 0).reshape(-1, features.shape[-1])
     n = jnp.maximum(jnp.sum(valid), 1)
-    gram = rows.T @ rows / n + 1e-5 * jnp.eye(rows.shape[-1], dtype=rows.dtype)
+    gram = rows.T @ rows / n
+    ridge = jnp.maximum(
+        1e-5, jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    )  # features that are constant would make it singular
+    gram += ridge * jnp.eye(rows.shape[-1], dtype=rows.dtype)
     weights = jax.scipy.linalg.solve(gram, rows.T @ target.reshape(-1) / n, assume_a="pos")
     return features @ weights
 

@@ -6,6 +6,7 @@ apart. Learners act in units of their own, [-1, 1] per component where the actio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ def spaces(family: TaskFamily) -> Spaces:
     if isinstance(space, Discrete):
         return Spaces(observation.size, int(space.n), True)
     if isinstance(space, Box):
-        return Spaces(observation.size, max(1, int(jnp.prod(jnp.array(space.shape)))), False)
+        return Spaces(observation.size, max(1, math.prod(space.shape)), False)
     raise ConfigError("env", type(space).__name__, "this action space is not supported", allowed=["Discrete", "Box"])
 
 
