@@ -124,7 +124,11 @@ def test_every_yaml_has_its_file_and_every_file_its_yaml(package: str, group: st
     named = set()
     for name, file in CONFIGS[group].items():
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        target = content.get("_target_") or content[group]["_target_"]
+        target = content.get("_target_") or content.get(group, {}).get("_target_")
+        if target is None:  # a variant: switches of another
+            bases = [item for item in content["defaults"] if isinstance(item, str) and item != "_self_"]
+            assert len(bases) == 1 and bases[0] in CONFIGS[group], name
+            continue
         module, _, cls = target.removeprefix("metarl_cli.").rpartition(".")
         if group == "algo" and module.split(".")[0] in PLUGINS and module.split(".")[0] != package:
             continue  # a baseline among the algorithms, or the other way round

@@ -131,7 +131,7 @@ def test_tasks_at_once_change_nothing(float64):
     # A step of the trust region. Conjugate gradients enlarge rounding by the condition number, which damping bounds.
     learners = [dataclasses.replace(learner_on(False, task_batch=size), damping=0.1) for size in (1, 2)]
     steps = [jax.jit(learner.trpo)(state.params, data) for learner in learners]
-    assert_close(steps[1], steps[0], rtol=1e-6, atol=1e-9)
+    assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-9)
     assert steps[0][1]["accepted"] == 1
 
 
@@ -198,10 +198,12 @@ def mean_kl(learner: Any, old: Any, new: Any, data: Any) -> jax.Array:
     return jnp.mean(jax.vmap(one)(data))
 
 
-def test_trust_region_problem(float64, discrete, monkeypatch):
+@pytest.mark.parametrize("fisher_tasks", [None, 2])
+def test_trust_region_problem(float64, discrete, fisher_tasks, monkeypatch):
     """What `MAML.trpo` hands to the solver: gradient and Fisher matrix are the explicit ones, through the inner steps."""
-    learner = learner_on(discrete, outer="trpo", meta_batch=3)
+    learner = learner_on(discrete, outer="trpo", meta_batch=3, fisher_tasks=fisher_tasks)
     state, data = made_up(learner)
+    some = jax.tree.map(lambda x: x[:fisher_tasks], data)
     flat, unravel = ravel_pytree(state.params)
     problem: dict[str, Any] = {}
 
@@ -222,13 +224,13 @@ def test_trust_region_problem(float64, discrete, monkeypatch):
     def loss(x):
         return jnp.mean(jax.vmap(lambda d: learner.task_loss(unravel(x), d))(data))
 
-    def kl(x):
+    def kl(x, data=data):
         return mean_kl(learner, state.params, unravel(x), data)
 
     @jax.jit
     def expected(flat):
         here, there = ((loss(x), kl(x)) for x in (flat, flat + 0.1))
-        return *jax.value_and_grad(loss)(flat), jax.hessian(kl)(flat), here, there
+        return *jax.value_and_grad(loss)(flat), jax.hessian(lambda x: kl(x, some))(flat), here, there
 
     explicit = expected(flat)
     _, _, hessian, (_, kl_here), (_, kl_there) = explicit
@@ -349,10 +351,13 @@ def test_one_step_families_split_the_budget_of_a_trial():
     assert (plan.points, plan.episodes) == (3, 4)
     plan = learner.plan(family, eval_settings(adapt__steps=3))
     assert (plan.points, plan.episodes) == (4, 3)
-    with pytest.raises(ConfigError, match=r"algo\.inner_steps=4: .*12 pulls cannot be split evenly over 5.*1, 2, 3, 5"):
-        build("maml", family, inner_steps=4, episodes=None)
-    with pytest.raises(ConfigError, match=r"eval\.adapt\.steps=4"):
-        learner.plan(family, eval_settings(adapt__steps=4))
+    # 5 points do not divide 12, but 6 do; more than 12 there cannot be.
+    plan = learner.plan(family, eval_settings(adapt__steps=4))
+    assert (plan.points, plan.episodes) == (6, 2)
+    plan = learner.plan(family, eval_settings(adapt__steps=40))
+    assert (plan.points, plan.episodes) == (12, 1)
+    learner = build("maml", family, inner_steps=4, episodes=None)
+    assert (learner.inner_steps, learner.episodes) == (5, 2)
 
 
 # --- probes: what is learned is known

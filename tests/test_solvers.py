@@ -42,19 +42,23 @@ def test_vectors_are_pytrees():
 def test_conjugate_gradient_against_a_direct_solve(float64):
     # n iterations are exact but for rounding, which a condition number of about 1e3 enlarges.
     b = RNG.normal(size=SIZE)
-    x = jax.jit(lambda b: conjugate_gradient(product, b, SIZE))(tree(jnp.array(b)))
+    x, residual = jax.jit(lambda b: conjugate_gradient(product, b, SIZE))(tree(jnp.array(b)))
     np.testing.assert_allclose(flat(x), np.linalg.solve(MATRIX, b), rtol=1e-8)
+    np.testing.assert_allclose(flat(residual), 0, atol=1e-8)
+    x, residual = jax.jit(lambda b: conjugate_gradient(product, b, 3))(tree(jnp.array(b)))
+    np.testing.assert_allclose(flat(residual), b - MATRIX @ flat(x), rtol=1e-8)
+    assert np.abs(flat(residual)).max() > 0.01
     batch = RNG.normal(size=(3, SIZE))
-    x = jax.vmap(lambda b: flat(conjugate_gradient(product, tree(b), SIZE)))(jnp.array(batch))
+    x = jax.vmap(lambda b: flat(conjugate_gradient(product, tree(b), SIZE)[0]))(jnp.array(batch))
     np.testing.assert_allclose(x, np.linalg.solve(MATRIX, batch.T).T, rtol=1e-8)
 
 
 def test_conjugate_gradient_does_not_stumble_over_a_solved_system():
     # The matrix is 2 times the identity: solved after one of the ten iterations.
     b = tree(jnp.arange(7.0))
-    np.testing.assert_allclose(flat(conjugate_gradient(lambda v: add(v, v), b, 10)), np.arange(7) / 2, rtol=1e-6)
+    np.testing.assert_allclose(flat(conjugate_gradient(lambda v: add(v, v), b, 10)[0]), np.arange(7) / 2, rtol=1e-6)
     zero = tree(jnp.zeros(7))
-    np.testing.assert_array_equal(flat(conjugate_gradient(product, zero, 10)), 0)
+    np.testing.assert_array_equal(flat(conjugate_gradient(product, zero, 10)[0]), 0)
 
 
 def step(params, gradient, loss=lambda x: 0.0, kl=lambda x: 0.0, value=0.0, **settings):

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import optax
 
 from metarl_cli.core.adapt import Data, map_tasks
+from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.gradient_based import GradientBased, GradientBasedSettings, State
 from metarl_cli.core.interfaces import Metrics, TaskFamily
 from metarl_cli.core.losses import surrogate
 from metarl_cli.core.settings import setting
-from metarl_cli.core.solvers import TrustRegion, trust_region_step
+from metarl_cli.core.solvers import TrustRegion, add, trust_region_step
 from metarl_cli.core.types import Batch, Params, pytree, static
 
 
@@ -39,6 +40,7 @@ class MAML(GradientBased):
     shrink: float | jax.Array
     outer: Literal["ppo", "trpo", "vpg"] = static()
     epochs: int = static()
+    fisher_tasks: int | None = static()
     cg_iterations: int = static()
     backtracks: int = static()
 
@@ -59,11 +61,14 @@ class MAML(GradientBased):
         return surrogate(policy.log_prob(last.action), last.log_prob, last.advantage, last.valid, clip)
 
     def trpo(self, params: Params, data: Data) -> tuple[Params, Metrics]:
-        """The adapted outputs are linearised once: gradient and all Fisher-vector products `J^T H J v` reuse it."""
+        """The adapted outputs are linearised once: gradient and all Fisher-vector products `J^T H J v` reuse it.
+
+        The Fisher matrix is that of the first `fisher_tasks` tasks; loss, gradient and the bound on the KL are of all.
+        """
         last = jax.tree.map(lambda x: x[:, -1], data)  # [B, K, T]
         weight = last.valid / jnp.maximum(jnp.sum(last.valid, (1, 2), keepdims=True), 1) / self.meta_batch
 
-        def outputs(params):
+        def outputs(params, data=data):
             return map_tasks(lambda d: self.inner.adapted(params, d)[0], data, self.task_batch)
 
         def loss(policy):
@@ -74,15 +79,26 @@ class MAML(GradientBased):
             new = outputs(params)
             return loss(new), jnp.sum(weight * old.kl(new))
 
-        old, jvp = jax.linearize(outputs, params)
-        vjp = jax.linear_transpose(jvp, params)
+        n = self.fisher_tasks or self.meta_batch
+        some, rest = (jax.tree.map(lambda x, part=part: x[part], data) for part in (slice(n), slice(n, None)))
+        old_some, jvp = jax.linearize(lambda params: outputs(params, some), params)
+        pull_some = jax.linear_transpose(jvp, params)
 
         def fisher(v):
-            product = old.fisher(jvp(v))
-            return vjp(jax.tree.map(lambda x: weight[..., None] * x, product))[0]
+            product = old_some.fisher(jvp(v))
+            return pull_some(jax.tree.map(lambda x: weight[:n, ..., None] * (self.meta_batch / n) * x, product))[0]
+
+        old, pull = old_some, pull_some
+        if n < self.meta_batch:
+            old_rest, pull_rest = jax.vjp(lambda params: outputs(params, rest), params)
+            old = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old_some, old_rest)
+
+            def pull(slope):
+                first, second = (jax.tree.map(lambda x, part=part: x[part], slope) for part in (slice(n), slice(n, None)))
+                return (add(pull_some(first)[0], pull_rest(second)[0]),)
 
         value, slope = jax.value_and_grad(loss)(old)
-        gradient = vjp(slope)[0]
+        gradient = pull(slope)[0]
         step: TrustRegion = trust_region_step(
             params,
             value,
@@ -110,18 +126,25 @@ class MAMLSettings(GradientBasedSettings):
     epochs: int = setting("Adam steps on one meta-batch (ppo)", ge=1)
     clip: float = setting("clip of the probability ratio (ppo)", gt=0)
     max_kl: float = setting("bound on the mean KL of the adapted policies (trpo)", unit="nats", gt=0)
+    fisher_tasks: int | None = setting(
+        "tasks of the meta-batch of which the Fisher matrix is made (trpo); null: all", unit="tasks", ge=1
+    )
     cg_iterations: int = setting("conjugate gradient iterations (trpo)", ge=1)
     damping: float = setting("added to the Fisher matrix (trpo)", ge=0)
     shrink: float = setting("factor of the line search (trpo)", gt=0, lt=1)
     backtracks: int = setting("trials of the line search (trpo)", ge=1)
 
     def build(self, family: TaskFamily) -> MAML:
+        if self.fisher_tasks is not None and self.fisher_tasks > self.meta_batch:
+            problem = f"a meta-batch has only algo.meta_batch={self.meta_batch} tasks"
+            raise ConfigError("algo.fisher_tasks", self.fisher_tasks, problem)
         return MAML(
             **self.shared(family),
             outer=self.outer,
             epochs=self.epochs,
             clip=self.clip,
             max_kl=self.max_kl,
+            fisher_tasks=self.fisher_tasks,
             cg_iterations=self.cg_iterations,
             damping=self.damping,
             shrink=self.shrink,

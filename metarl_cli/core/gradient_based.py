@@ -65,14 +65,14 @@ class GradientBased(MetaLearner):
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """The test protocol of MAML's authors: 3 steps from 40 episodes each, alpha halved after the first.
 
-        Where an episode is one step (a bandit), the budget of pulls is the problem: it is split evenly over the points.
+        Where an episode is one step (a bandit), the budget of pulls is the problem: see `split`.
         """
         rule = settings.adapt
         budget = settings.episodes or (family.episodes if family.horizon == 1 else None)
         steps = rule.steps if rule.steps is not None else (max(self.inner_steps, 1) if family.horizon == 1 else 3)
         if budget is None:
             return Plan(points=steps + 1, episodes=rule.episodes or 40, decay=rule.decay)
-        episodes = rule.episodes or even_split(budget, steps, "eval.adapt.steps")
+        episodes = rule.episodes or split(budget, steps)
         if budget % episodes:
             raise ConfigError(
                 "eval.episodes",
@@ -150,27 +150,24 @@ class GradientBased(MetaLearner):
         return params, optimizer, jax.tree.map(lambda x: x[-1], metrics)
 
 
-def even_split(budget: int, steps: int, key: str) -> int:
-    """Episodes per point where a trial of `budget` one-step episodes is split over `steps + 1` points.
+def split(budget: int, steps: int) -> int:
+    """Episodes per point where a trial of `budget` episodes is split evenly over `steps + 1` points.
 
-    Raises:
-        ConfigError: it cannot be split evenly; `key` is what says how many steps there are.
+    Where that does not go, over the next larger number of points that does: at last over points of one episode each.
     """
-    if budget % (steps + 1):
-        raise ConfigError(
-            key,
-            steps,
-            f"a trial of {budget} pulls cannot be split evenly over {steps + 1} points (one before each step, one after)",
-            allowed=[s for s in range(1, budget) if budget % (s + 1) == 0][:8],
-        )
-    return budget // (steps + 1)
+    points = next(p for p in range(min(steps + 1, budget), budget + 1) if budget % p == 0)
+    return budget // points
 
 
 class GradientBasedSettings(AlgoSettings):
     """The keys that all gradient-based meta-learners have."""
 
     inner_lr: float = setting("inner step alpha; with learned_lr, where it starts", gt=0)
-    inner_steps: int = setting("adaptation steps N in training; 0 trains one policy for all tasks", ge=0)
+    inner_steps: int = setting(
+        "adaptation steps N in training, 0 trains one policy for all tasks; on one-step families with episodes=null at "
+        "least so many, as the trial is split evenly",
+        ge=0,
+    )
     inner_optimizer: Literal["sgd", "adam"] = setting("what turns the inner gradient into a step")
     estimator: Estimator = setting("of the inner policy gradient: they differ in its derivative")
     adapts: Adapts = setting("what an inner step changes; a context is an input of the policy, 0 before the first step")
@@ -196,19 +193,15 @@ class GradientBasedSettings(AlgoSettings):
     normalize_rewards: bool = setting("running normalisation of rewards")
 
     def shared(self, family: TaskFamily) -> dict[str, Any]:
-        """The fields of `GradientBased`.
-
-        Raises:
-            ConfigError: the trial of a one-step family cannot be split evenly over the points.
-        """
+        """The fields of `GradientBased`."""
         spec = spaces(family)
         varies = jax.jit(known_tasks)(family)[2] if self.sees_task else jnp.zeros(0)
         told = tuple(jnp.flatnonzero(varies).tolist())
         spec = Spaces(spec.observation + len(told), spec.action, spec.discrete)
-        if self.episodes is not None:
-            episodes = self.episodes
-        else:
-            episodes = 20 if family.horizon > 1 else even_split(family.episodes, self.inner_steps, "algo.inner_steps")
+        episodes, inner_steps = self.episodes or 20, self.inner_steps
+        if self.episodes is None and family.horizon == 1:
+            episodes = split(family.episodes, inner_steps)
+            inner_steps = family.episodes // episodes - 1
         task_batch = self.task_batch
         if task_batch is None:
             # About 2,000 states at once stay in a core's cache (measured: scripts/bench.py); an accelerator takes all.
@@ -232,7 +225,7 @@ class GradientBasedSettings(AlgoSettings):
             "lr": self.lr,
             "max_grad_norm": self.max_grad_norm,
             "outer_optimizer": self.outer_optimizer,
-            "inner_steps": self.inner_steps,
+            "inner_steps": inner_steps,
             "meta_batch": self.meta_batch,
             "episodes": episodes,
             "task_batch": task_batch,

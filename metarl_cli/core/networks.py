@@ -71,7 +71,7 @@ class ValueHead(nn.Module):
 class Policy:
     """A feed-forward policy: an MLP and a head.
 
-    With a `context` of C numbers its input is `[s, phi]`. phi is the parameter `"context"`, which `init` leaves to the caller.
+    With a `context` of C numbers its input is `[s, phi]`; phi is the parameter `"context"`, which `init` leaves out.
     """
 
     spec: Spaces

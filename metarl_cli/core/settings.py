@@ -73,7 +73,10 @@ class AlgoSettings(Settings):
 class AdaptSettings(Settings):
     """The test-time rule of gradient-based learners; others ignore it."""
 
-    steps: int | None = setting("adaptation steps; null: 3, on one-step families as many as in training", ge=0)
+    steps: int | None = setting(
+        "adaptation steps; null: 3, on one-step families as many as in training; more where that splits the trial evenly",
+        ge=0,
+    )
     episodes: int | None = setting("episodes per adaptation step; null: 40, on one-step families an even split", ge=1)
     decay: float = setting("factor on the inner step after the first one", gt=0)
 

@@ -22,8 +22,12 @@ def add(x: Params, y: Params, scale: Any = 1.0) -> Params:
     return jax.tree.map(lambda a, b: a + scale * b, x, y)
 
 
-def conjugate_gradient(product: Product, b: Params, iterations: int) -> Params:
-    """Solves `A x = b` from x = 0 for a positive definite `A`, given as `product(v) = A v`."""
+def conjugate_gradient(product: Product, b: Params, iterations: int) -> tuple[Params, Params]:
+    """Solves `A x = b` from x = 0 for a positive definite `A`, given as `product(v) = A v`.
+
+    Returns:
+        x, and the residual `b - A x`, which tells `A x` without another product.
+    """
 
     def step(_, state):
         x, r, p, rr = state
@@ -36,7 +40,8 @@ def conjugate_gradient(product: Product, b: Params, iterations: int) -> Params:
         return x, r, add(r, p, beta), new_rr
 
     zeros = jax.tree.map(jnp.zeros_like, b)
-    return jax.lax.fori_loop(0, iterations, step, (zeros, b, b, dot(b, b)))[0]
+    x, r, _, _ = jax.lax.fori_loop(0, iterations, step, (zeros, b, b, dot(b, b)))
+    return x, r
 
 
 class TrustRegion(NamedTuple):
@@ -70,8 +75,8 @@ def trust_region_step(
         evaluate: `params -> (loss, mean KL from the old policy)`.
         max_kl: bound in nats. A step is accepted only if the loss falls and the bound holds.
     """
-    direction = conjugate_gradient(lambda v: add(fisher(v), v, damping), gradient, iterations)
-    curvature = dot(direction, add(fisher(direction), direction, damping))
+    direction, residual = conjugate_gradient(lambda v: add(fisher(v), v, damping), gradient, iterations)
+    curvature = dot(direction, add(gradient, residual, -1.0))
     length = jnp.sqrt(2 * max_kl / jnp.maximum(curvature, jnp.finfo(curvature.dtype).tiny))
 
     def accepts(new_loss, kl):
