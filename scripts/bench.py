@@ -31,6 +31,7 @@ RUNS = {
     "maml point_nav": ["algo=maml", "env=point_nav"],
     "rl2 bandit": ["algo=rl2", "env=bandit"],
     "maml-trpo point_nav": ["algo=maml", "env=point_nav", "algo.outer=trpo"],
+    "maml-trpo, Fisher of 5 tasks": ["algo=maml", "env=point_nav", "algo.outer=trpo", "algo.fisher_tasks=5"],
 }
 
 
