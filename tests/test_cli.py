@@ -91,7 +91,7 @@ MISTAKES = [
     ("train seed=three", ["seed=three: must be an integer >= 0"]),
     ("train seed='\"3\"'", ["seed='3': must be an integer >= 0"]),
     ("train seed=true", ["seed=true: must be an integer >= 0"]),
-    ("train iterations=1e3", ["iterations=1000.0: must be an integer >= 1", "Write 1000"]),
+    ("train iterations=1e3", ["iterations=1000.0: must be an integer >= 0", "Write 1000"]),
     ("train device=gpuu", ["device=gpuu: no such choice", "auto, cpu, gpu", "Did you mean gpu?"]),
     ("train algo.hidden=64", ["algo.hidden=64: must be a list, each an integer >= 1"]),
     ("train algo.hidden=[64,0]", ["algo.hidden=[64,0]: must be a list, each an integer >= 1"]),
@@ -106,7 +106,7 @@ MISTAKES = [
     ("train seed=4294967296", ["seed=4294967296: must be an integer >= 0 and <= 2147483647"]),
     ("train seed=2147483647 seeds=2", ["seeds=2: the last seed"]),
     ("train plugins=[no_such_package]", ["plugins=no_such_package: there is no such package", "PYTHONPATH"]),
-    ("train algo=mamll", ["Allowed: maml, rl2. Did you mean maml?"]),
+    ("train algo=mamll", ["algo=mamll: no such algorithm", "Did you mean maml?"]),
     ("train seed=0,1", ["seed=0,1: takes one value", "Add -m", "metarl train -m seed=0,1"]),
     ("train seed=range(0,3)", ["seed=range(0,3): takes one value", "Add -m"]),
     ("train algo.lr = 3", ["algo.lr: ", "without spaces around `=`"]),
@@ -300,7 +300,8 @@ def test_completion_of_commands_choices_and_keys(capsys: pytest.CaptureFixture[s
     assert complete("train e", capsys) == ["env.", "env=", "eval."]
     assert complete("train env=bandit env.", capsys) == ["env.k=", "env.n="]
     assert complete("train algo=rl2 algo.memory.", capsys) == ["algo.memory.features="]
-    assert complete("train algo.inner", capsys) == ["algo.inner_lr=", "algo.inner_steps="]
+    assert complete("train algo.inner", capsys) == ["algo.inner_lr=", "algo.inner_optimizer=", "algo.inner_steps="]
+    assert complete("train algo=from_scratch algo.inner_l", capsys) == ["algo.inner_lr="]  # of the file that it starts from
     assert complete("train algo=rl2 algo.inner", capsys) == []
     assert complete("list e", capsys) == ["envs "]
     assert complete("completion ", capsys) == ["bash ", "zsh "]
