@@ -12,6 +12,7 @@ from metarl_cli.core.types import Batch
 
 Observe = Literal["coordinates", "one_hot"]
 
+DRAWN = 4  # episodes whose paths are drawn
 MOVES = np.array([(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)])  # stay, up, right, down, left
 
 
@@ -46,9 +47,12 @@ def draw_grid(axes: Any, size: int) -> None:
 
 
 def draw_paths(axes: Any, cells: np.ndarray, last: np.ndarray, batch: Batch) -> None:
-    """A line per episode through `cells` `[K, T, 2]`, where actions were chosen; they led to `last` `[K, T, 2]`."""
-    beside = np.linspace(-0.2, 0.2, len(cells)) if len(cells) > 1 else np.zeros(1)  # else they would hide each other
-    for before, after, valid, shift in zip(cells, last, batch.valid, beside, strict=True):
+    """A line per episode through `cells` `[K, T, 2]`, where actions were chosen; they led to `last` `[K, T, 2]`.
+
+    Only of the first few episodes: more would be a tangle. Each is a little beside the others, so that it is seen.
+    """
+    beside = np.linspace(-0.2, 0.2, DRAWN)[: len(cells)] if len(cells) > 1 else np.zeros(1)
+    for before, after, valid, shift in zip(cells, last, batch.valid, beside, strict=False):
         path = np.concatenate([before[valid], after[valid][-1:]]) + shift
         if len(path):
             axes.plot(path[:, 0], path[:, 1], color="C0", linewidth=0.7, alpha=0.6)

@@ -74,7 +74,8 @@ class RestlessBandit(TaskFamily):
         pulls = np.arange(1, self.horizon + 1)
         first = np.mean(batch.action == 0, axis=0)
         axes.plot(pulls, task.probability, color="0.6", label="success probability of arm 1")
-        axes.plot(pulls, first, ".", color="C0", markersize=3, label="share of episodes that pulled it")
+        label = "pulled (1) or not (0)" if len(batch.action) == 1 else "share of episodes that pulled it"
+        axes.plot(pulls, first, ".", color="C0", markersize=3, label=label)
         axes.set(xlabel="pull", ylim=(-0.05, 1.05), yticks=[0, 0.5, 1])
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams, EnvState
 
+from metarl_cli.core.grids import DRAWN
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.settings import FamilySettings, setting
 from metarl_cli.core.types import Batch, Key, pytree, static
@@ -116,10 +117,10 @@ class TMaze(TaskFamily):
 
     def draw(self, axes: Any, task: Any, batch: Batch) -> None:
         length = self.env.length
-        axes.plot([0, length], [0, 0], color="0.85", linewidth=6, solid_capstyle="projecting")
-        axes.plot([length, length], [-1, 1], color="0.85", linewidth=6, solid_capstyle="projecting")
-        beside = np.linspace(-0.15, 0.15, len(batch.action)) if len(batch.action) > 1 else np.zeros(1)
-        for observation, actions, valid, shift in zip(batch.observation, batch.action, batch.valid, beside, strict=True):
+        axes.plot([0, length], [0, 0], color="0.88", linewidth=14, solid_capstyle="projecting")
+        axes.plot([length, length], [-1, 1], color="0.88", linewidth=14, solid_capstyle="projecting")
+        beside = np.linspace(-0.12, 0.12, DRAWN)  # the first episodes, each a little beside the others
+        for observation, actions, valid, shift in zip(batch.observation, batch.action, batch.valid, beside, strict=False):
             cells = [np.zeros(2, int)]
             for action in actions[valid]:
                 ahead, arm = cells[-1] + MOVES[action]
@@ -133,7 +134,7 @@ class TMaze(TaskFamily):
         for cue, color in enumerate(("C0", "C4")):
             star = {"color": color, "markeredgecolor": "white", "markersize": 10, "markeredgewidth": 0.5}
             axes.plot(
-                length + 0.25 * cue,
+                length,
                 task.side[cue],
                 "*",
                 linestyle="none",

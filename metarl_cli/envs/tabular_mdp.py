@@ -132,7 +132,7 @@ class RandomMDPs(TaskFamily):
         state, action = np.meshgrid(np.arange(self.prior.states), np.arange(self.prior.actions))
         axes.imshow(task.reward.T, cmap="Greys", origin="lower", aspect="auto")
         area = 60 * counts.ravel() / max(1, counts.max())
-        label = "taken (area: how often; grey: mean reward)"
+        label = "taken (area: how often; the darker, the higher the mean reward)"
         axes.scatter(state.ravel(), action.ravel(), s=area, color="C0", label=label)
         axes.set(xlabel="state", ylabel="action", xticks=[0, self.prior.states - 1], yticks=[0, self.prior.actions - 1])
 

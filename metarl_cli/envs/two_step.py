@@ -109,14 +109,17 @@ class TwoStepTasks(TaskFamily):
         return None
 
     def draw(self, axes: Any, task: Any, batch: Batch) -> None:
-        """Which first action is the better one, and how often it was taken, by round."""
-        rounds = np.arange(1, self.prior.rounds + 1)
-        axes.step(rounds, np.asarray(task.best) + 1, color="0.6", where="mid", label="better first action")
-        axes.plot(rounds, 1 + batch.action[:, ::2].mean(axis=0), ".", color="C0", markersize=3, label="taken (mean)")
-        if self.prior.rounds == 1:  # a line of one point is invisible
-            axes.plot(rounds, np.asarray(task.best) + 1, "_", color="0.6", markersize=12)
-            axes.set_xticks([1])
-        axes.set(xlabel="round", ylim=(0.9, 2.1), yticks=[1, 2])
+        """Which first action is the better one, and which was taken, by round; by episode where an episode is one round."""
+        best, taken = np.asarray(task.best) + 1, 1 + batch.action[:, ::2]
+        if self.prior.rounds == 1:
+            best, taken = np.repeat(best, len(taken)), taken[:, 0]
+        else:
+            taken = taken.mean(axis=0)
+        rounds = np.arange(1, len(best) + 1)
+        axes.step(rounds, best, color="0.6", where="mid", label="better first action")
+        axes.plot(rounds, taken, ".", color="C0", markersize=3, label="taken")
+        name = "episode" if self.prior.rounds == 1 else "round"
+        axes.set(xlabel=name, ylabel="first action", ylim=(0.9, 2.1), yticks=[1, 2])
 
 
 class TwoStepSettings(FamilySettings):
