@@ -146,6 +146,14 @@ def test_adam_inside(float64):
     assert np.all(np.isfinite(ravel_pytree(gradient)[0]))
 
 
+def test_computing_steps_again_changes_nothing(float64):
+    learner = learner_of("maml", inner_steps=3, inner_lr=0.05)
+    again = replace(learner, inner=replace(learner.inner, remat=True))
+    state, data = made_up(learner)
+    one, two = (jax.jit(lambda d, x=x: x.gradient(x.task_loss, state.params, d))(data) for x in (learner, again))
+    assert_close(two, one, rtol=1e-9, atol=1e-13)
+
+
 def test_first_order_has_the_step_but_not_its_derivative(float64):
     second, first = learner_of("maml"), learner_of("fomaml")
     state, data = made_up(second)

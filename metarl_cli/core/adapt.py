@@ -102,6 +102,7 @@ class InnerLoop:
     optimizer: Literal["sgd", "adam"] = static(default="sgd")
     learned_lr: bool = static(default=False)
     first_order: bool = static(default=False)
+    remat: bool = static(default=False)
     told: tuple[int, ...] = static(default=())  # which numbers of the task the policy observes: see `task_code`
 
     def init(self, key: Key) -> Params:
@@ -148,8 +149,9 @@ class InnerLoop:
         """The policies' parameters at all points of a trial, as functions of theta; recorded data `[N + 1, K, T]`."""
         adapted = self.start(theta)
         points = [adapted.params]
+        step = jax.checkpoint(self.step) if self.remat else self.step
         for i in range(data.valid.shape[0] - 1):
-            adapted = self.step(adapted, jax.tree.map(lambda x, i=i: x[i], data))
+            adapted = step(adapted, jax.tree.map(lambda x, i=i: x[i], data))
             points.append(adapted.params)
         return points
 

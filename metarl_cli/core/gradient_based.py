@@ -174,6 +174,7 @@ class GradientBasedSettings(AlgoSettings):
     context: int = setting("size of the context (adapts=context)", ge=1)
     learned_lr: bool = setting("an inner step for each parameter, meta-learned")
     first_order: bool = setting("inner steps are not differentiated through")
+    remat: bool = setting("the meta-gradient computes inner steps again instead of keeping them: less memory, more time")
     sees_task: bool = setting("the policy observes the task as well: an upper bound, no meta-learning")
     episodes: int | None = setting(
         "episodes K per adaptation step; null: 20, on one-step families an even split of the trial", ge=1
@@ -218,6 +219,7 @@ class GradientBasedSettings(AlgoSettings):
             optimizer=self.inner_optimizer,
             learned_lr=self.learned_lr,
             first_order=self.first_order,
+            remat=self.remat,
             told=told,
         )
         return {
