@@ -31,6 +31,14 @@ def observe(cell: jax.Array, size: int, how: Observe) -> jax.Array:
     return cell.astype(float) if how == "coordinates" else jax.nn.one_hot(cell[1] * size + cell[0], size * size)
 
 
+def observation_space(size: int, how: Observe) -> Any:
+    from gymnax.environments.spaces import Box
+
+    if how == "coordinates":
+        return Box(0, size - 1, (2,), dtype=jnp.float32)
+    return Box(0, 1, (size * size,), dtype=jnp.float32)
+
+
 def observed(observation: Any, size: int, how: Observe) -> np.ndarray:
     """The other way round, for pictures: cells `[..., 2]`."""
     if how == "coordinates":

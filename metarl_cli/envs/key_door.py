@@ -14,7 +14,18 @@ import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams, EnvState
 
-from metarl_cli.core.grids import MOVES, Observe, draw_grid, draw_mark, draw_paths, move, observe, observed, toward
+from metarl_cli.core.grids import (
+    MOVES,
+    Observe,
+    draw_grid,
+    draw_mark,
+    draw_paths,
+    move,
+    observation_space,
+    observe,
+    observed,
+    toward,
+)
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.settings import FamilySettings, setting
 from metarl_cli.core.types import Batch, Key, pytree, static
@@ -72,9 +83,7 @@ class KeyDoorEnv(Environment[KeyDoorState, KeyDoorParams]):
         return spaces.Discrete(len(MOVES))
 
     def observation_space(self, params):
-        if self.how == "coordinates":
-            return spaces.Box(0, self.size - 1, (2,), dtype=jnp.float32)
-        return spaces.Box(0, 1, (self.size**2,), dtype=jnp.float32)
+        return observation_space(self.size, self.how)
 
 
 @pytree
