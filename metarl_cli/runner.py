@@ -414,7 +414,8 @@ class Session:
         batches = [[moment(i, points) for points in moments] for i in range(len(tasks))]
         try:
             folder = self.run / "figures"
-            figures.save(figures.learning_curve(rows, ends), folder / "learning_curve")
+            if rows:  # else nothing was trained
+                figures.save(figures.learning_curve(rows, ends), folder / "learning_curve")
             figures.save(figures.adaptation_curve(curve, label=self.composed.algo), folder / "adaptation_curve")
             who = f", seed {self.seeds[0]}" if len(self.seeds) > 1 else ""
             figures.save(figures.trajectories(self.family, tasks, batches, titles, who), folder / "trajectories")

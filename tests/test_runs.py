@@ -44,6 +44,7 @@ from metarl_cli.core.errors import ConfigError, RunError
 from metarl_cli.core.types import Trial
 
 WALK = walker("iterations=12", "eval.every=4", "log_every=2")
+DRAW = runner.Session.draw
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -809,6 +810,14 @@ def test_more_windows_than_a_chunk_can_return(tmp_path: Path, monkeypatch: pytes
     assert [row["iteration"] for row in rows(run)] == list(range(1, 601))
     # Each seed takes 3 + i steps in iteration i.
     assert [row["steps"] for row in rows(run)] == np.cumsum(3 + np.arange(600)).tolist()
+
+
+def test_what_is_not_trained_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.Session, "draw", DRAW)
+    run = train(tmp_path / "run", small("random_init", "point_nav", "iterations=0"))
+    assert result(run)["train"]["iterations"] == 0 and result(run)["status"] == "completed"
+    assert tree(run / "figures") == ["adaptation_curve.png", "adaptation_curve.svg", "trajectories.png", "trajectories.svg"]
+    assert len(result(run)["evaluation"]["test"]["curve"]) == 4
 
 
 def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
