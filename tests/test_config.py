@@ -64,8 +64,15 @@ TRUSTED = "plugins=[my_plugin]"
 # Composing
 
 
-@pytest.mark.parametrize("algo", catalogue.trained(GROUPS["algo"]))
-@pytest.mark.parametrize("env", GROUPS["env"])
+PAIRS = [
+    (algo, env)
+    for algo, file in catalogue.trained(GROUPS["algo"]).items()
+    for env in GROUPS["env"]
+    if "_target_" in file.read_text() or env in ("bandit", "point_nav")  # a variant fits what it starts from fits
+]
+
+
+@pytest.mark.parametrize(("algo", "env"), PAIRS)
 def test_every_pair_composes_and_builds(algo: str, env: str) -> None:
     composed = config.compose([f"algo={algo}", f"env={env}"])
     assert (composed.algo, composed.env) == (algo, env)
