@@ -143,7 +143,7 @@ def _compose(command: str, cls: type[C], overrides: Sequence[str], config_dir: P
 
     known = catalogue.groups(config_dir)
     with _hydra():
-        parsed = [_parse(override, known, fitting=catalogue.fitting(command, known)) for override in overrides]
+        parsed = [_parse(override, known, command=command) for override in overrides]
         for override in parsed:
             if override.is_sweep_override():
                 raise _several_values(override, known)
@@ -621,14 +621,12 @@ def _hydra() -> Iterator[Hydra]:
         GlobalHydra().hydra, HydraConfig().cfg, BaseContainer._resolvers = outer, outer_config, resolvers
 
 
-def _parse(
-    line: str, known: catalogue.Groups, hydra: Hydra | None = None, fitting: catalogue.Groups | None = None
-) -> Override:
+def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None, command: str | None = None) -> Override:
     """One override.
 
     Args:
         hydra: needed where a sweep is to be expanded.
-        fitting: of the `known` files those that the command can use, for messages.
+        command: a message offers only the files that it can use.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -665,7 +663,7 @@ def _parse(
     if is_group and not override.is_sweep_override():
         choice = override.value()
         if not isinstance(choice, dict) and not (isinstance(choice, str) and choice in known[name]):
-            allowed = (fitting or known)[name]
+            allowed = (catalogue.fitting(command, known) if command else known)[name]
             raise ConfigError(name, _show(choice), f"no such {catalogue.noun(name)}", allowed=allowed)
     return override
 

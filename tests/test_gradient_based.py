@@ -13,35 +13,14 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from probes import assert_close, build, eval_settings, finite_differences, update, walk
-from test_adapt import random_data
+from test_maml import made_up
 
 from metarl_cli.core.adapt import Data, Estimator, InnerLoop, task_code
 from metarl_cli.core.distributions import Categorical
 from metarl_cli.core.errors import ConfigError
-from metarl_cli.core.gradient_based import State
-from metarl_cli.core.returns import Normaliser
 from metarl_cli.core.rollout import Spaces
 
 TINY: dict[str, Any] = {"hidden": [3], "meta_batch": 3, "episodes": 2, "inner_steps": 2, "inner_lr": 0.3}
-
-
-def made_up(learner: Any) -> tuple[State, Data]:
-    """Parameters away from their initial zeros, and data `[B, N + 1, K, T]` that the adapted policies could have sampled."""
-    theta = jax.jit(learner.inner.init)(jax.random.key(0))
-    flat, unravel = ravel_pytree(theta)
-    theta = unravel(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
-    tasks = [random_data(learner.policy.spec, learner.inner_steps + 1, seed) for seed in range(learner.meta_batch)]
-    data = jax.tree.map(lambda *x: jnp.stack(x), *tasks)
-    log_prob = jax.jit(jax.vmap(lambda d: log_probs(learner.inner, theta, d)))(data)
-    return State(theta, learner.optimizer().init(theta), Normaliser(None, None)), data._replace(log_prob=log_prob)
-
-
-def log_probs(inner: InnerLoop, theta: Any, data: Data) -> jax.Array:
-    """`[N + 1, K, T]`, each point's under the policy adapted on the points before it."""
-    points = inner.replay(theta, data)
-    return jnp.stack(
-        [inner.policy.apply(p, o).log_prob(a) for p, o, a in zip(points, data.observation, data.action, strict=True)]
-    )
 
 
 def learner_of(algo: str, discrete: bool = True, **settings: Any) -> Any:
@@ -345,12 +324,12 @@ def test_promp(float64):
     learner = learner_of("promp", kl_penalty=0.9, inner_lr=0.2)
     state, data = made_up(learner)
     task = jax.tree.map(lambda x: x[0], data)
-    old = learner.policies(state.params, task)
+    old = learner.inner.policies(state.params, task)
     plain = replace(learner, kl_penalty=0.0)
     at_start = [jax.value_and_grad(x.task_loss)(state.params, (task, old[:-1])) for x in (learner, plain)]
     assert_close(at_start[0], at_start[1], rtol=1e-9, atol=1e-12)
     moved = jax.tree.map(lambda x: x + 0.05, state.params)
-    new = learner.policies(moved, task)
+    new = learner.inner.policies(moved, task)
     kl = [np.asarray(p.kl(q))[np.asarray(v)].mean() for p, q, v in zip(old[:-1], new[:-1], task.valid[:-1], strict=True)]
     both, alone = (x.task_loss(moved, (task, old[:-1])) for x in (learner, plain))
     assert min(kl) > 1e-5
@@ -361,11 +340,11 @@ def test_promp_steps_towards_the_policy_that_sampled(float64):
     """A penalty so large that it is all there is: later epochs pull back what the first one moved."""
     free, held = (learner_of("promp", kl_penalty=eta, epochs=20, lr=0.02) for eta in (0.0, 1e4))
     state, data = made_up(free)
-    old = jax.vmap(lambda d: free.policies(state.params, d)[:-1])(data)
+    old = jax.vmap(lambda d: free.inner.policies(state.params, d)[:-1])(data)
 
     def distance(learner):
         params = jax.jit(lambda d: learner.improve(state, None, d)[0])(data)
-        new = jax.vmap(lambda d: learner.policies(params, d)[:-1])(data)
+        new = jax.vmap(lambda d: learner.inner.policies(params, d)[:-1])(data)
         return float(jnp.mean(jnp.stack([p.kl(q).mean() for p, q in zip(old, new, strict=True)])))
 
     assert distance(held) < 0.1 * distance(free)

@@ -47,7 +47,7 @@ def target(kind: int, episodes: int = 40) -> Any:
 
 def made_up(learner: Any) -> tuple[Any, Any]:
     """Parameters away from their initial zeros, and data `[B, N + 1, K, T]` that they could have sampled."""
-    params = jax.jit(learner.policy.init)(jax.random.key(0))
+    params = jax.jit(learner.inner.init)(jax.random.key(0))
     flat, unravel = ravel_pytree(params)
     params = unravel(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
     tasks = [random_data(learner.policy.spec, learner.inner_steps + 1, seed) for seed in range(learner.meta_batch)]
@@ -55,11 +55,11 @@ def made_up(learner: Any) -> tuple[Any, Any]:
     advantage, valid = np.array(data.advantage[:, -1]), np.asarray(data.valid[:, -1])
     for i, mask in enumerate(valid):  # as `InnerLoop.data` leaves them
         advantage[i] = (advantage[i] - advantage[i][mask].mean()) / advantage[i][mask].std()
-    policy, last = jax.jit(jax.vmap(lambda d: learner.inner.adapted(params, d)))(data)
-    data = data._replace(
-        advantage=data.advantage.at[:, -1].set(advantage),
-        log_prob=data.log_prob.at[:, -1].set(policy.log_prob(last.action)),
-    )
+
+    def log_prob(d):
+        return jnp.stack([p.log_prob(a) for p, a in zip(learner.inner.policies(params, d), d.action, strict=True)])
+
+    data = data._replace(advantage=data.advantage.at[:, -1].set(advantage), log_prob=jax.jit(jax.vmap(log_prob))(data))
     return State(params, learner.optimizer().init(params), Normaliser(None, None)), data
 
 

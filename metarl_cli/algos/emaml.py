@@ -40,15 +40,10 @@ class EMAML(GradientBased):
     def task_loss(self, params: Params, task: tuple[Data, Any]) -> jax.Array:
         """The outer loss of one task: its data `[N + 1, K, T]` and R'."""
         data, outcome = task
-        points = self.inner.replay(params, data)
-        before, last = jax.tree.map(lambda x: x[:-1], data), jax.tree.map(lambda x: x[-1], data)
-        log_prob = jnp.stack([self.log_prob(p, data, i) for i, p in enumerate(points[:-1])])
-        exploration = -masked_mean(log_prob, before.valid) * outcome
-        adapted = self.log_prob(points[-1], data, -1)
+        last = jax.tree.map(lambda x: x[-1], data)
+        *before, adapted = [p.log_prob(a) for p, a in zip(self.inner.policies(params, data), data.action, strict=True)]
+        exploration = -masked_mean(jnp.stack(before), data.valid[:-1]) * outcome
         return surrogate(adapted, last.log_prob, last.advantage, last.valid, self.clip) + self.credit * exploration
-
-    def log_prob(self, params: Params, data: Data, point: int) -> jax.Array:
-        return self.policy.apply(params, data.observation[point]).log_prob(data.action[point])
 
 
 class EMAMLSettings(GradientBasedSettings):

@@ -80,7 +80,11 @@ class MAML(GradientBased):
             return loss(new), jnp.sum(weight * old.kl(new))
 
         n = self.fisher_tasks or self.meta_batch
-        some, rest = (jax.tree.map(lambda x, part=part: x[part], data) for part in (slice(n), slice(n, None)))
+
+        def halves(tree):
+            return [jax.tree.map(lambda x, part=part: x[part], tree) for part in (slice(n), slice(n, None))]
+
+        some, rest = halves(data)
         old_some, jvp = jax.linearize(lambda params: outputs(params, some), params)
         pull_some = jax.linear_transpose(jvp, params)
 
@@ -94,7 +98,7 @@ class MAML(GradientBased):
             old = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old_some, old_rest)
 
             def pull(slope):
-                first, second = (jax.tree.map(lambda x, part=part: x[part], slope) for part in (slice(n), slice(n, None)))
+                first, second = halves(slope)
                 return (add(pull_some(first)[0], pull_rest(second)[0]),)
 
         value, slope = jax.value_and_grad(loss)(old)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 
 from metarl_cli.core.adapt import Data
-from metarl_cli.core.distributions import Distribution
 from metarl_cli.core.gradient_based import GradientBased, GradientBasedSettings, State
 from metarl_cli.core.interfaces import Metrics, TaskFamily
 from metarl_cli.core.losses import surrogate
@@ -34,22 +33,17 @@ class ProMP(GradientBased):
     epochs: int = static()
 
     def improve(self, state: State, batch: Batch, data: Data) -> tuple[Params, optax.OptState, Metrics]:
-        old = jax.vmap(lambda d: self.policies(state.params, d)[:-1])(data)
+        old = jax.vmap(lambda d: self.inner.policies(state.params, d)[:-1])(data)
         return self.descend(self.task_loss, state, (data, old), self.epochs)
 
     def task_loss(self, params: Params, task: tuple[Data, Any]) -> jax.Array:
         """The outer loss of one task: its data `[N + 1, K, T]` and the policies that acted at all points but the last."""
         data, old = task
         last = jax.tree.map(lambda x: x[-1], data)
-        *before, adapted = self.policies(params, data)
+        *before, adapted = self.inner.policies(params, data)
         kl = [masked_mean(p.kl(q), valid) for p, q, valid in zip(old, before, data.valid, strict=False)]
         loss = surrogate(adapted.log_prob(last.action), last.log_prob, last.advantage, last.valid, self.clip)
         return loss + self.kl_penalty * jnp.mean(jnp.stack(kl))
-
-    def policies(self, params: Params, data: Data) -> list[Distribution]:
-        """At each point of a trial, on that point's states."""
-        points = self.inner.replay(params, data)
-        return [self.policy.apply(p, observation) for p, observation in zip(points, data.observation, strict=True)]
 
 
 class ProMPSettings(GradientBasedSettings):

@@ -155,6 +155,11 @@ class InnerLoop:
             points.append(adapted.params)
         return points
 
+    def policies(self, theta: Params, data: Data) -> list[Distribution]:
+        """At each point of a trial on that point's states, as functions of theta; recorded data `[N + 1, K, T]`."""
+        points = self.replay(theta, data)
+        return [self.policy.apply(p, observation) for p, observation in zip(points, data.observation, strict=True)]
+
     def adapted(self, theta: Params, data: Data) -> tuple[Distribution, Data]:
         """The adapted policy on the last point's states, with that point's data; `data [N + 1, K, T]`."""
         last = jax.tree.map(lambda x: x[-1], data)

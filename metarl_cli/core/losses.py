@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +17,3 @@ def surrogate(
     if clip is not None:
         objective = jnp.minimum(objective, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
     return -masked_mean(objective, mask)
-
-
-Outer = Literal["ppo", "trpo", "vpg"]
