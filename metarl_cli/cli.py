@@ -22,6 +22,7 @@ usage: metarl COMMAND ...
   eval RUN [OVERRIDES]     evaluate a finished run again: other splits, budgets or family settings
   eval algo=NAME ...       evaluate a learner that has nothing to train: Thompson sampling, PSRL, an oracle
   resume RUN [OVERRIDES]   continue an interrupted run, or extend a finished one
+  diagnose estimators RUN  how well each estimator of the inner gradient does at a run's parameters
   show env=NAME            draw a few tasks of a family, and what can be reached there
   list [KIND]              what there is: algos, envs, memories
   completion bash|zsh      print the completion script for the shell
@@ -103,6 +104,24 @@ usage: metarl resume RUN [KEY=VALUE ...]
 Continues an interrupted run from its last checkpoint, as if it had never stopped.
 
   iterations=500           a finished run goes on to that many meta-iterations
+  device=cpu               elsewhere than before
+"""
+
+_DIAGNOSE = """\
+usage: metarl diagnose estimators RUN [KEY=VALUE ...]
+
+For a run of a gradient-based learner: the meta-gradient at its parameters, by
+each estimator of the inner gradient (score, dice, lvc, and first order) and from
+batches of several sizes. Prints, and writes into RUN/diagnoses, the cosine with
+a reference from a large sample, the relative variance and the cost.
+
+  episodes=[5,20,80]       batch sizes: episodes of a task before, and as many
+                           after the inner step
+  repeats=20               batches of each size
+  tasks=20                 in how many tasks
+  reference=5000           episodes of a task for the reference
+  seed=1                   another draw of tasks and episodes
+  env.KEY=VALUE            another setting of the family
   device=cpu               elsewhere than before
 """
 
@@ -293,6 +312,23 @@ def _resume(words: list[str]) -> int:
     return 0
 
 
+def _diagnose(words: list[str]) -> int:
+    options, words = _options("diagnose", words, {})
+    if "--help" in options:
+        print(_DIAGNOSE, end="")
+        return 0
+    if words[:1] != ["estimators"]:
+        given = words[0] if words else ""
+        raise MetarlError(
+            f"diagnose {given}".strip() + ": what? metarl diagnose estimators RUN." + _nearest(given, ["estimators"])
+        )
+    run, overrides = _run_and_overrides("diagnose estimators", words[1:])
+    from metarl_cli import runner
+
+    runner.diagnose(run, overrides)
+    return 0
+
+
 def _list(words: list[str]) -> int:
     options, kinds = _options("list", words, {"--config-dir": True})
     if "--help" in options:
@@ -375,6 +411,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "resume": _resume,
+    "diagnose": _diagnose,
     "show": _show,
     "list": _list,
     "completion": _completion,

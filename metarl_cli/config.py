@@ -37,7 +37,7 @@ from pydantic import BeforeValidator, ValidationError
 
 from metarl_cli import catalogue
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
-from metarl_cli.core.settings import MAX_SEED, AlgoSettings, EvalSettings, FamilySettings, Settings, setting
+from metarl_cli.core.settings import MAX_SEED, AlgoSettings, EvalSettings, FamilySettings, Settings, Widths, setting
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -91,6 +91,16 @@ class EvalConfig(RunConfig):
     """One run of `metarl eval` with a learner that has nothing to train."""
 
     tune: TuneSettings
+
+
+class DiagnoseConfig(Settings):
+    """`metarl diagnose estimators`."""
+
+    tasks: int = setting("tasks in which the meta-gradient is estimated", unit="tasks", ge=1)
+    episodes: Widths = setting("batch sizes: episodes of a task before, and as many after the inner step", min_length=1)
+    repeats: int = setting("batches of each size", ge=2)
+    reference: int = setting("episodes of a task for the reference gradient", ge=2)
+    seed: int = setting("the tasks and all randomness derive from it", ge=0, le=MAX_SEED)
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -234,6 +244,27 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
     with suppress(OSError, ValueError):
         overrides = [*(str(line) for line in OmegaConf.load(run / "overrides.yaml")), *overrides]
     return Composed(config, recorded, list(overrides), run, True, str(choices["algo"]), str(choices["env"]))
+
+
+def diagnosis(overrides: Sequence[str]) -> tuple[DiagnoseConfig, list[str]]:
+    """The config of `metarl diagnose`, and the overrides that are meant for the run that is diagnosed."""
+    from omegaconf import DictConfig, OmegaConf
+
+    values = OmegaConf.load(catalogue.configs() / "diagnose.yaml")
+    assert isinstance(values, DictConfig)
+    of_run = [line for line in overrides if line.partition("=")[0].partition(".")[0] in ("env", "device", "precision")]
+    with _hydra():
+        parsed = [_parse(line, {}) for line in overrides if line not in of_run]
+        for override in parsed:
+            if override.is_sweep_override():
+                raise ConfigError(override.key_or_group, _text(override), "takes one value here, or a list: [5,10]")
+        _apply(values, parsed)
+        section = _section(DiagnoseConfig, _resolve(values), "", ())
+    errors: list[ConfigError] = []
+    config = _instance(section, section, errors, {}, {})
+    _raise(errors)
+    assert isinstance(config, DiagnoseConfig)
+    return config, of_run
 
 
 def environment(name: str, overrides: Sequence[str]) -> str | type:
@@ -424,12 +455,16 @@ def validate(
     root = _root(resolved, cls)
     errors: list[ConfigError] = []
     config = _instance(root, root, errors, choices or {}, known or {})
+    _raise(errors)
+    assert isinstance(config, cls)
+    return config
+
+
+def _raise(errors: list[ConfigError]) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise MetarlError("\n".join(map(str, errors)))
-    assert isinstance(config, cls)
-    return config
 
 
 def _root(resolved: dict[str, Any], cls: type[RunConfig]) -> _Section:

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 
-from metarl_cli.config import Composed, RunConfig, TrainConfig, build, from_run, save
+from metarl_cli.config import Composed, RunConfig, TrainConfig, build, diagnosis, from_run, save
 from metarl_cli.core.errors import ConfigError, MetarlError, Misfit, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 from metarl_cli.core.types import Batch
-from metarl_cli.logs import MetricsFile, Progress, log_to, plain, table, tell
+from metarl_cli.logs import MetricsFile, Progress, log_to, plain, say, table, tell
 
 if TYPE_CHECKING:
     from metarl_cli.evaluation import Evaluation
@@ -121,6 +121,47 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
     path = folder / f"{stem}.json"
     head = {"schema_version": SCHEMA_VERSION, "overrides": overrides, "seeds": seed_list(config), "date": now()}
     write_json(path, {**head, "evaluation": summary, **provenance()})
+    console.print(f"Written to {path}", soft_wrap=True)
+    return path
+
+
+def diagnose(run: Path, overrides: list[str]) -> Path:
+    """`metarl diagnose estimators`, at the parameters of the first seed. Returns the new file."""
+    console = Console()
+    settings, of_run = diagnosis(overrides)
+    composed = from_run(run, of_run, allowed=("env", "device", "precision"))
+    configure_jax(composed.config)
+    learner, family = build(composed.config)
+    import jax
+
+    from metarl_cli import diagnosis as diagnoses
+    from metarl_cli.report import figures
+
+    state = jax.tree.map(lambda x: x[0], restore_learner(run, composed, learner, family))
+    found = diagnoses.estimators(learner, state, family, settings, lambda text: say(f"{text} ...", console))
+    rows = [
+        (
+            e.episodes,
+            e.estimator,
+            e.cosine["mean"],
+            f"[{e.cosine['ci_low']:.3f}, {e.cosine['ci_high']:.3f}]",
+            e.variance,
+            1e3 * e.seconds,
+        )
+        for e in found.estimates
+    ]
+    where = f"{composed.algo} on {composed.env}, {settings.tasks} tasks"
+    title = f"\n{where}: the meta-gradient against one of {settings.reference} episodes of each"
+    table(title, ("episodes", "estimator", "cosine", "95% over batches", "relative variance", "ms"), rows, console)
+    tell(f"the reference has noise as well: an estimate without error would have a cosine of {found.ceiling:.2f}", console)
+    if found.ceiling < 0.9:
+        tell(f"That is little. Take more episodes for it: reference={4 * settings.reference}.", console)
+    path = run / "diagnoses" / f"estimators_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}.json"
+    reference = {"norm": found.norm, "agreement": found.agreement, "ceiling": found.ceiling}
+    content = {"estimates": [e._asdict() for e in found.estimates], "reference": reference}
+    head = {"schema_version": SCHEMA_VERSION, "overrides": overrides, "settings": settings.model_dump(), "date": now()}
+    write_json(path, {**head, **content, **provenance()})
+    figures.save(figures.estimators(found.estimates), path.with_suffix(""))
     console.print(f"Written to {path}", soft_wrap=True)
     return path
 

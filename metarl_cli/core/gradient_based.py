@@ -115,6 +115,10 @@ class GradientBased(MetaLearner):
         """Fresh tasks, and what the learner lived through in each: `[B, N + 1, K, T]`."""
         key_tasks, key_live = jax.random.split(key)
         tasks = jax.vmap(family.sample)(jax.random.split(key_tasks, self.meta_batch))
+        return self.live(state, key_live, family, tasks)
+
+    def live(self, state: State, key: Key, family: TaskFamily, tasks: Any) -> tuple[Batch, Data]:
+        """What the learner lives through in each of B tasks in training: `[B, N + 1, K, T]`."""
 
         def live(key, task):
             return self.inner.live(
@@ -127,7 +131,7 @@ class GradientBased(MetaLearner):
                 episodes=self.episodes,
             )
 
-        return jax.vmap(live)(jax.random.split(key_live, self.meta_batch), tasks)
+        return jax.vmap(live)(jax.random.split(key, jax.tree.leaves(tasks)[0].shape[0]), tasks)
 
     def gradient(self, loss: Callable[[Params, Any], jax.Array], params: Params, tasks: Any) -> tuple[jax.Array, Params]:
         """A loss of one task and its gradient, averaged over `tasks [B, ...]`. Each is differentiated by itself."""

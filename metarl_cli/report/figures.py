@@ -233,6 +233,36 @@ def parameters(values: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     return figure
 
 
+@_styled
+def estimators(estimates: Sequence[Any]) -> Figure:
+    """Cosine with the reference, relative variance and seconds against the batch size, a line for each estimator.
+
+    Args:
+        estimates: `diagnosis.Estimate`s.
+    """
+    figure = _figure(TEXT, 2.3)
+    left, middle, right = figure.subplots(1, 3)
+    for name, colour in zip(dict.fromkeys(e.estimator for e in estimates), CYCLE, strict=False):
+        of_name = [e for e in estimates if e.estimator == name]
+        size = [e.episodes for e in of_name]
+        marked: Any = {"color": colour, "marker": "o", "markersize": 3, "label": name}
+        left.plot(size, [e.cosine["mean"] for e in of_name], **marked)
+        low, high = ([e.cosine[key] for e in of_name] for key in ("ci_low", "ci_high"))
+        left.fill_between(size, low, high, color=colour, alpha=0.18, linewidth=0)
+        middle.plot(size, [e.variance for e in of_name], **marked)
+        right.plot(size, [1e3 * e.seconds for e in of_name], **marked)
+    left.set_ylabel("cosine with the reference")
+    middle.set(ylabel="relative variance", yscale="log")
+    right.set(ylabel="milliseconds", yscale="log")
+    for axes in (left, middle, right):
+        axes.set(xlabel="episodes of a task", xscale="log")
+        sizes = sorted({e.episodes for e in estimates})
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.minorticks_off()
+    _legend(figure, [left], columns=4)
+    return figure
+
+
 # --- parts
 
 
