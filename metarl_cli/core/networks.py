@@ -23,9 +23,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "r
 MIN_LOG_STD = jnp.log(1e-6).item()  # the floor of MAML's authors
 
 
-def run(module: nn.Module, params: Params, x: jax.Array) -> Any:
+def run(module: nn.Module, params: Params, *args: Any) -> Any:
     """`module.apply` without its other return types."""
-    return module.apply(params, x)
+    return module.apply(params, *args)
 
 
 class MLP(nn.Module):
@@ -101,6 +101,53 @@ class Policy:
             context = jnp.broadcast_to(params["context"], (*observation.shape[:-1], self.context))
             inputs = jnp.concatenate([observation, context], axis=-1)
         return run(self.head, params["head"], run(self.body, params["body"], inputs))
+
+
+class Stack(nn.Module):
+    """LSTMs on top of each other, one step, and a linear layer on the last and on what stands `beside` it."""
+
+    units: int
+    layers: int
+    outputs: int
+    scale: float  # of the linear layer's initial weights
+
+    @nn.compact
+    def __call__(self, carry: list[Any], x: jax.Array, beside: jax.Array) -> tuple[list[Any], jax.Array]:
+        new = []
+        for c in carry:
+            c, x = nn.OptimizedLSTMCell(self.units, param_dtype=float)(c, x)
+            new.append(c)
+        init = nn.initializers.variance_scaling(self.scale, "fan_avg", "uniform")
+        x = jnp.concatenate([x, beside], axis=-1)
+        return new, nn.Dense(self.outputs, kernel_init=init, param_dtype=float)(x)
+
+
+@dataclass(frozen=True)
+class CoordinateNetwork:
+    """One recurrent network for each of n numbers: shared weights, a carry for each, and a learned first carry."""
+
+    units: int
+    layers: int
+    outputs: int
+    scale: float
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.units, self.layers, self.outputs, self.scale)
+
+    def init(self, key: Key, inputs: int, beside: int) -> Params:
+        key_start, key_weights = jax.random.split(key)
+        params = {"start": 0.1 * jax.random.normal(key_start, (self.layers, 2, self.units))}
+        weights = self.stack.init(key_weights, self.start(params, 1), jnp.zeros((1, inputs)), jnp.zeros((1, beside)))
+        return params | {"weights": weights}
+
+    def start(self, params: Params, n: int) -> list[Any]:
+        """Of n numbers."""
+        return [tuple(jnp.broadcast_to(x, (n, self.units)) for x in layer) for layer in params["start"]]
+
+    def step(self, params: Params, carry: list[Any], x: jax.Array, beside: jax.Array) -> tuple[list[Any], jax.Array]:
+        """`x [n, D]` to outputs `[n, M]`."""
+        return run(self.stack, params["weights"], carry, x, beside)
 
 
 @dataclass(frozen=True)
