@@ -151,7 +151,7 @@ def test_every_outer_optimiser_trains_a_rule():
     for settings in ({"outer": "trpo"}, {"outer": "vpg"}):
         learner = learner_of("meta_lstm", **settings)
         state, data = made_up(learner)
-        params, _, metrics = jax.jit(lambda d, x=learner: x.improve(state, None, d))(data)
+        params, _, metrics = jax.jit(lambda s, d, x=learner: x.improve(s, None, d))(state, data)
         assert metrics["grad_norm"] > 0
         moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), params["rule"], state.params["rule"])
         assert settings["outer"] == "trpo" or all(jax.tree.leaves(moved))
@@ -159,5 +159,5 @@ def test_every_outer_optimiser_trains_a_rule():
 
 
 def test_reptile_refuses_what_would_never_move():
-    with pytest.raises(ConfigError, match="algo.inner_optimizer="):
+    with pytest.raises(ConfigError, match=r"algo\.inner_optimizer="):
         build("reptile", walk(True), inner_optimizer="meta_lstm")

@@ -165,28 +165,8 @@ class InnerLoop:
         return self.policy.apply(self.replay(theta, data)[-1], last.observation), last
 
     def data(self, observation: jax.Array, batch: Batch, normaliser: Normaliser) -> Data:
-        """What one task's batch `[K, T]` says, advantages over the linear feature baseline, centred and scaled.
-
-        The policy acted on `observation`. What it was told of the task is not for the baseline, which is fitted to one task.
-
-        The return is that of the finite horizon: the baseline sees the time, so the time limit is a part of the task and a
-        truncation does not bootstrap. Episodes of a single step are neither standardised nor, if there is but one,
-        compared with a baseline: either would leave an advantage of 0.
-        """
-        reward = jnp.where(batch.valid, normaliser.scale(batch.reward), 0)
-        end = batch.terminated | batch.truncated
-        zeros = jnp.zeros_like(reward)
-        target = gae(reward, zeros, zeros, end, end, self.gamma, 1.0)
-        value = zeros
-        if batch.valid.size > 1:
-            value = linear_baseline(normaliser.observe(batch.observation), target, batch.valid)
-        next_value = jnp.concatenate([value[..., 1:], jnp.zeros_like(value[..., :1])], axis=-1)
-        advantage = gae(reward, value, next_value, end, end, self.gamma, self.lam)
-        if batch.valid.shape[-1] > 1:
-            mean, std = mean_and_std(advantage, batch.valid)
-            advantage = jnp.where(batch.valid, (advantage - mean) / std, 0)
-            reward, value = reward / std, (value + mean) / std
-        return Data(observation, batch.action, advantage, reward, value, batch.extra, batch.valid)
+        """What one task's batch `[K, T]` says: see `policy_data`."""
+        return policy_data(observation, batch, normaliser, self.gamma, self.lam)
 
     def live(
         self,
@@ -229,6 +209,33 @@ class InnerLoop:
         keys = jax.random.split(key, points)
         _, (batch, data) = jax.lax.scan(point, self.start(theta), (jnp.arange(points), keys))
         return batch, data
+
+
+def policy_data(
+    observation: jax.Array, batch: Batch, normaliser: Normaliser, gamma: float | jax.Array, lam: float | jax.Array
+) -> Data:
+    """What one task's batch `[K, T]` says, advantages over the linear feature baseline, centred and scaled.
+
+    The policy acted on `observation`. What it was told of the task is not for the baseline, which is fitted to one task.
+
+    The return is that of the finite horizon: the baseline sees the time, so the time limit is a part of the task and a
+    truncation does not bootstrap. Episodes of a single step are neither standardised nor, if there is but one,
+    compared with a baseline: either would leave an advantage of 0.
+    """
+    reward = jnp.where(batch.valid, normaliser.scale(batch.reward), 0)
+    end = batch.terminated | batch.truncated
+    zeros = jnp.zeros_like(reward)
+    target = gae(reward, zeros, zeros, end, end, gamma, 1.0)
+    value = zeros
+    if batch.valid.size > 1:
+        value = linear_baseline(normaliser.observe(batch.observation), target, batch.valid)
+    next_value = jnp.concatenate([value[..., 1:], jnp.zeros_like(value[..., :1])], axis=-1)
+    advantage = gae(reward, value, next_value, end, end, gamma, lam)
+    if batch.valid.shape[-1] > 1:
+        mean, std = mean_and_std(advantage, batch.valid)
+        advantage = jnp.where(batch.valid, (advantage - mean) / std, 0)
+        reward, value = reward / std, (value + mean) / std
+    return Data(observation, batch.action, advantage, reward, value, batch.extra, batch.valid)
 
 
 def task_code(family: TaskFamily, task: Any) -> jax.Array:

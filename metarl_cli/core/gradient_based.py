@@ -63,6 +63,9 @@ class GradientBased(MetaLearner):
         normaliser = Normaliser.create(spaces(family).observation, self.normalize_observations, self.normalize_rewards)
         return State(theta, self.optimizer().init(theta), normaliser)
 
+    def learned(self, state: State) -> State:
+        return state._replace(optimizer=None)
+
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """The test protocol of MAML's authors: 3 steps from 40 episodes each, alpha halved after the first.
 

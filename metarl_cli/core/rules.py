@@ -1,8 +1,8 @@
 """How the inner loop makes a step of a gradient: the optimisers of optax, and two that are learned.
 
 The learned ones are small recurrent networks that run once for each number that adapts, with shared weights and a memory of
-its own; their meta-parameters are a part of theta. The gradient x that they look at is preprocessed (Andrychowicz et al. 2016,
-appendix A), with p = 10, and nothing is differentiated through what they look at:
+its own; their meta-parameters are a part of theta. The gradient x that they look at is preprocessed (Andrychowicz et al.
+2016, appendix A), with p = 10, and nothing is differentiated through what they look at:
 
     (log|x| / p, sign x)    where |x| >= e^-p,    else    (-1, e^p x)
 """
@@ -74,8 +74,8 @@ class MetaLSTM(Rule):
         theta' = f theta - i grad L,    f = sigmoid(z_f),    i = 2 alpha sigmoid(z_i)
 
     z comes from a common LSTM over the preprocessed gradient and loss, theta, and the gates of the step before. The initial
-    cell state is theta, as in MAML. In the paper i is within (0, 1); the steps of policy gradients need not be, so here it is
-    in units of alpha. Their gradient is a constant for the meta-gradient, here only with `first_order`.
+    cell state is theta, as in MAML. In the paper i is within (0, 1); the steps of policy gradients need not be, so here it
+    is in units of alpha. Their gradient is a constant for the meta-gradient, here only with `first_order`.
     """
 
     units: int
