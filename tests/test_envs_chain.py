@@ -21,7 +21,7 @@ class Reference:
         self.position += int(on)
         self.time += 1
         end = self.position == self.length
-        reward = float(self.task.reward) * end - float(self.task.cost) * on
+        reward = float(self.task.reward) * end - float(self.task.cost)
         return np.eye(self.length + 1)[self.position], reward, end, self.time >= self.horizon and not end
 
 
@@ -50,10 +50,14 @@ def test_against_plain_python(share):
     assert True in ends and (share == 1 or False in ends)
 
 
-def test_one_who_discounts_by_less_than_092_stays():
-    family = family_of("chain")
-    task = jax.tree.map(lambda x: x[0], sample(family))
-    for gamma, goes in ((0.5, False), (0.91, False), (0.93, True), (0.99, True)):
-        value = gamma**19 * float(task.reward) - float(task.cost) * sum(gamma**t for t in range(20))
-        assert (value > 0) == goes
-    assert float(task.reward) - 20 * float(task.cost) == pytest.approx(0.6)
+@pytest.mark.parametrize("gamma", [0.5, 0.9, 1.0])
+def test_what_staying_once_loses(gamma):
+    """The formula of the module, and that the best return is 1 - 20 * 0.02 = 0.6."""
+    task = jax.tree.map(lambda x: float(x[0]) if x.ndim == 1 else x[0], sample(family_of("chain")))
+    value = [0.0]
+    for _ in range(20):
+        value.append(-task.cost + (gamma * value[-1] if len(value) > 1 else task.reward))
+    for k in range(1, 21):
+        loss = value[k] - (gamma * value[k] - task.cost)
+        assert loss == pytest.approx(gamma ** (k - 1) * ((1 - gamma) * task.reward + gamma * task.cost))
+    assert gamma < 1 or value[20] == pytest.approx(0.6)

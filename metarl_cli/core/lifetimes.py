@@ -187,7 +187,7 @@ class Lifetimes(MetaLearner):
 
     def learned(self, state: State) -> State:
         """eta alone."""
-        return State(state.params, None, None)
+        return state._replace(optimizer=None, lives=None)
 
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """A fresh agent's life: as many updates as in training at most, unless `eval` says otherwise."""

@@ -154,7 +154,7 @@ class BackwardNetwork:
 
     @property
     def embed(self) -> nn.Sequential:
-        return nn.Sequential([nn.Dense(self.embedding, param_dtype=float), nn.relu, nn.Dense(1, param_dtype=float)])
+        return nn.Sequential([nn.Dense(self.embedding, param_dtype=float), jnp.tanh, nn.Dense(1, param_dtype=float)])
 
     @property
     def backward(self) -> Backward:

@@ -1,12 +1,10 @@
 """A chain whose only reward lies d steps away: the shortest task in which a discount can be wrong.
 
 The illustration of Xu, van Hasselt & Silver (2018, section 3) made learnable for one agent. In each state one of two actions
-leads on, which one is the task, and costs a little; the other stays and costs nothing. The last state pays and ends the
-episode. One who discounts by gamma goes on from the start only if
-
-    gamma^(d-1) reward > cost (1 - gamma^d) / (1 - gamma)
-
-With d = 20, a reward of 1 and a cost of 0.02 that is from gamma = 0.92 on, an effective horizon `1 / (1 - gamma)` of 12.
+leads on, which one is the task; the other stays. Each step costs a little, the last one pays and ends the episode. Who goes
+on from there sees, k steps away, a value of `gamma^(k-1) reward - cost (1 - gamma^k) / (1 - gamma)`: by staying once it loses
+`gamma^(k-1) ((1 - gamma) reward + gamma cost)`. With gamma = 0.5 that is 1e-6 at the start of a chain of 20, so that the last
+steps alone are learned.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ class ChainParams(EnvParams):
 
     forward: jax.Array  # [d] int
     reward: Any  # [], of the last step
-    cost: Any  # [], of a step that leads on
+    cost: Any  # [], of any step
     max_steps_in_episode: Any = 100
 
 
@@ -59,10 +57,9 @@ class ChainEnv(Environment[ChainState, ChainParams]):
         return jax.nn.one_hot(state.position, self.length + 1), state
 
     def step_env(self, key, state, action, params):
-        on = action == params.forward[state.position]
-        state = ChainState(position=state.position + on, time=state.time + 1)
+        state = ChainState(position=state.position + (action == params.forward[state.position]), time=state.time + 1)
         ended = self.is_terminated(state, params)
-        reward = params.reward * ended - params.cost * on
+        reward = params.reward * ended - params.cost
         return jax.nn.one_hot(state.position, self.length + 1), state, reward, ended, {}
 
     def is_terminated(self, state, params):
@@ -77,7 +74,7 @@ class ChainEnv(Environment[ChainState, ChainParams]):
 
 @pytree
 class Chain(TaskFamily):
-    """In each state either action leads on, with the same probability; in `ood` that costs `ood_cost`."""
+    """In each state either action leads on, with the same probability; in `ood` a step costs `ood_cost`."""
 
     horizon: int = static()
     episodes: int = static()
@@ -100,9 +97,8 @@ class Chain(TaskFamily):
         return None
 
     def oracle(self, task: Any, state: Any) -> jax.Array:
-        """Goes on, if that pays, else stays."""
-        on = task.forward[state.position]
-        return jnp.where(task.reward > self.env.length * task.cost, on, 1 - on)
+        """Goes on."""
+        return task.forward[state.position]
 
     def expected(self, task: Any, state: Any, action: jax.Array) -> None:
         return None
@@ -118,7 +114,7 @@ class Chain(TaskFamily):
 class ChainSettings(FamilySettings):
     length: int = setting("steps d from the start to the reward", unit="steps", ge=1)
     reward: float = setting("of the last step")
-    cost: float = setting("of a step that leads on", ge=0)
+    cost: float = setting("of any step", ge=0)
     ood_cost: float = setting("what `cost` is in the split `ood`", ge=0)
     horizon: int = setting("steps after which an episode is truncated", unit="steps", ge=1)
     episodes: int = setting("length of a trial, for learners that live through it one by one", unit="episodes", ge=1)
