@@ -1,10 +1,10 @@
 """A chain whose only reward lies d steps away: the shortest task in which a discount can be wrong.
 
 The illustration of Xu, van Hasselt & Silver (2018, section 3) made learnable for one agent. In each state one of two actions
-leads on, which one is the task; the other stays. Each step costs a little, the last one pays and ends the episode. Who goes
-on from there sees, k steps away, a value of `gamma^(k-1) reward - cost (1 - gamma^k) / (1 - gamma)`: by staying once it loses
-`gamma^(k-1) ((1 - gamma) reward + gamma cost)`. With gamma = 0.5 that is 1e-6 at the start of a chain of 20, so that the last
-steps alone are learned.
+leads on, which one is the task; the other stays. Each step costs a little, the last one pays and ends the episode. Who
+goes on from there sees, k steps away, a value of `gamma^(k-1) reward - cost (1 - gamma^k) / (1 - gamma)`: by staying once it
+loses `gamma^(k-1) ((1 - gamma) reward + gamma cost)`. With gamma = 0.5 that is 1e-6 at the start of a chain of 20, so that
+the last steps alone are learned.
 """
 
 from __future__ import annotations
