@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import running
 from jax.flatten_util import ravel_pytree
 from probes import assert_close, build, eval_settings, finite_differences, update, walk
 from test_returns import loop_gae
@@ -251,3 +254,14 @@ def test_a_trial_needs_what_was_learned_alone_and_any_family_will_do(algo):
         plan, task = other.plan(family, settings), family.sample(jax.random.key(3))
         trial = jax.jit(lambda key, x=other, f=family, t=task, p=plan: x.trial(eta, key, f, t, p))(jax.random.key(2))
         assert trial.returns.shape == (4, 2) and np.all(np.isfinite(trial.returns))
+
+
+@pytest.mark.slow
+def test_metarl_eval_takes_a_rule_to_another_family_and_network(tmp_path: Path) -> None:
+    run = running.train(tmp_path / "run", running.small("lpg", "bandit"))
+    words = ["env=two_step", "env.reward=0.8", "algo.hidden=[4]", "eval.tasks=3", "eval.adapt.steps=2"]
+    assert running.metarl("eval", run, *words) == 0
+    (file,) = (run / "evaluations").glob("*.json")
+    curve = json.loads(file.read_text())["evaluation"]["test"]["curve"]
+    assert [point["episodes"] for point in curve] == [0, 2, 4]
+    assert running.metarl("eval", run, "algo.units=5") == 2  # of the rule itself
