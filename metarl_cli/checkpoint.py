@@ -88,7 +88,7 @@ def save(run: Path, name: Name, iteration: int, state: Any) -> None:
         ) from error
 
 
-def restore(run: Path, name: Name, like_state: Any) -> tuple[int, Any]:
+def restore(run: Path, name: Name, like_state: Any, part: bool = False) -> tuple[int, Any]:
     """Reads the newest checkpoint, bit by bit as it was saved, onto the current default device.
 
     Args:
@@ -96,6 +96,7 @@ def restore(run: Path, name: Name, like_state: Any) -> tuple[int, Any]:
         name: `last` or `best`.
         like_state: a pytree of the expected structure, concrete or abstract (`jax.eval_shape`). Its leaves also say
             what to return: a JAX array, a numpy array or a Python number.
+        part: the state may lack leaves that the checkpoint has.
 
     Returns:
         The iteration and the state.
@@ -122,9 +123,10 @@ def restore(run: Path, name: Name, like_state: Any) -> tuple[int, Any]:
             raise RunError(f"{path} is damaged: its content is not what was saved. {_ADVICE}")
 
     like = _named_leaves(like_state)
-    _check_fit(folder, manifest["leaves"], {leaf: _describe(x) for leaf, x in like.items()})
+    saved = {leaf: x for leaf, x in manifest["leaves"].items() if leaf in like or not part}
+    _check_fit(folder, saved, {leaf: _describe(x) for leaf, x in like.items()})
     empty = {leaf: np.empty(shape, jnp.dtype(dtype)) for leaf, (dtype, shape) in manifest["empty"].items()}
-    arrays = empty | _read_arrays(folder / "arrays", [leaf for leaf in like if leaf not in empty])
+    arrays = empty | _read_arrays(folder / "arrays", [leaf for leaf in manifest["leaves"] if leaf not in empty])
     leaves = [_as_leaf(arrays[leaf], x, manifest["keys"].get(leaf)) for leaf, x in like.items()]
     return manifest["iteration"], jax.tree.unflatten(jax.tree.structure(like_state), leaves)
 

@@ -234,9 +234,15 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
                 raise ConfigError(key, _text(override), "takes one value here")
             if key.split(".")[0] not in allowed:
                 raise ConfigError(key, value, "cannot be changed in an existing run", allowed=allowed)
-            if key in ("algo", "env") and not isinstance(override.value(), dict):
+            if key == "algo" and not isinstance(override.value(), dict):
                 raise ConfigError(key, value, "a run keeps its own", hint=f"Change its settings: {key}.KEY=VALUE.")
-        if parsed:
+        named = [override for override in parsed if override.key_or_group == "env" and isinstance(override.value(), str)]
+        parsed = [override for override in parsed if override not in named]
+    if named:  # another family, with its own defaults
+        choices["env"] = named[-1].value()
+        stored["env"] = compose([f"env={choices['env']}"]).resolved["env"]
+    with _hydra():
+        if parsed or named:
             del stored["choices"]
             _apply(stored, parsed)
             recorded = _resolve(stored)

@@ -98,7 +98,7 @@ def resume(run: Path, overrides: list[str]) -> Path:
 def evaluate(run: Path, overrides: list[str]) -> Path:
     """`metarl eval`: evaluates a run again. Returns the new file; the recorded result is not touched."""
     console = Console()
-    composed = from_run(run, overrides, allowed=("eval", "env", "device", "precision"))
+    composed = from_run(run, overrides, allowed=("eval", "env", "algo", "device", "precision"))
     configure_jax(composed.config)
     learner, family = build(composed.config)
     from metarl_cli import evaluation, optimality
@@ -107,11 +107,11 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
     try:
         state = restore_learner(run, composed, learner, family)
     except Misfit as error:
-        changed = [line for line in overrides if line.lstrip("+").startswith("env.")]
+        changed = [line for line in overrides if line.lstrip("+").startswith(("env", "algo."))]
         if not changed:
             raise
-        problem = "the learner was trained on tasks of another shape"
-        raise RunError(f"{', '.join(changed)}: {problem}, and its parameters do not fit these. ({error})") from None
+        problem = "the learner was trained on tasks of another shape or with another network"
+        raise RunError(f"{', '.join(changed)}: {problem}, and its parameters do not fit. ({error})") from None
     result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
     folder = run / "evaluations"
     stem = f"{config.eval.split}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -496,18 +496,21 @@ def untried(learner: Any, seeds: int) -> Best:
 
 
 def restore_learner(run: Path, composed: Composed, learner: MetaLearner, family: TaskFamily) -> Any:
-    """`[S, ...]`, from the checkpoint that `eval.checkpoint` names; only the shapes of a fresh state are computed."""
+    """What was learned, `[S, ...]`, from the checkpoint that `eval.checkpoint` names.
+
+    Only the shapes of a fresh state are computed. The rest of a state may be of other shapes, and is not restored.
+    """
     import jax
 
     from metarl_cli import checkpoint, training
 
-    config = composed.config
-    seeds = seed_list(config)
-    train = jax.eval_shape(lambda: training.init(learner, family, seeds))
-    best = jax.eval_shape(lambda learner: untried(learner, len(seeds)), train.learner) if config.eval.every else None
-    if config.eval.checkpoint == "last":
-        return checkpoint.restore(run, "last", Checkpoint(train, best))[1].train.learner
-    return checkpoint.restore(run, "best", best)[1].learner
+    seeds = seed_list(composed.config)
+    state = jax.eval_shape(lambda: training.init(learner, family, seeds))
+    learned = learner.learned(state.learner)
+    if composed.config.eval.checkpoint == "best":
+        return checkpoint.restore(run, "best", Best(learned, None, None), part=True)[1].learner
+    nothing = training.TrainState(*[None] * len(state))._replace(learner=learned)  # type: ignore[arg-type]
+    return checkpoint.restore(run, "last", Checkpoint(nothing, None), part=True)[1].train.learner
 
 
 def seed_list(config: RunConfig) -> list[int]:

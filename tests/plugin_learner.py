@@ -47,6 +47,9 @@ class Walker(MetaLearner):
     def init(self, key: Key, family: TaskFamily) -> WalkerState:
         return WalkerState(jnp.zeros(spaces(family).action), jax.random.uniform(key), jnp.zeros((), int))
 
+    def learned(self, state: WalkerState) -> WalkerState:
+        return state
+
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         return Plan(points=settings.episodes or family.episodes, episodes=1)
 

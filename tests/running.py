@@ -35,6 +35,8 @@ SMALL = {
     "algo.epochs": "2",
     "algo.hidden": "[8]",
     "algo.memory.features": "8",
+    "algo.lifetime": "3",
+    "algo.units": "4",
     "env.horizon": "6",
     "env.episodes": "2",
     "env.n": "4",

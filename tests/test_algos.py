@@ -19,7 +19,16 @@ from metarl_cli.core.settings import Settings
 # Classical learners, in baselines/, have nothing to train.
 TRAINED = sorted(catalogue.trained(catalogue.groups()["algo"]))
 # Values that make it quick, for whatever algorithm has the key.
-SMALL = {"meta_batch": 4, "minibatches": 2, "episodes": 2, "hidden": [3], "epochs": 2, "memory.features": 4}
+SMALL = {
+    "meta_batch": 4,
+    "minibatches": 2,
+    "episodes": 2,
+    "hidden": [3],
+    "epochs": 2,
+    "memory.features": 4,
+    "lifetime": 4,
+    "units": 3,
+}
 SWITCHES = [(name, {}) for name in TRAINED] + [("maml", {"outer": "trpo"}), ("maml", {"outer": "vpg"})]
 
 
@@ -59,7 +68,7 @@ def test_one_key_one_result(name):
     first, again, other = (update(learner, init(jax.random.key(0)), jax.random.key(k), family) for k in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(first[0]), jax.tree.leaves(other[0]), strict=True))
-    starts = (jax.tree.leaves(init(jax.random.key(k)).params) for k in (0, 9))
+    starts = (jax.tree.leaves(init(jax.random.key(k))) for k in (0, 9))
     assert any(np.any(x != y) for x, y in zip(*starts, strict=True))
 
 

@@ -267,6 +267,15 @@ def test_a_run_can_be_changed_where_allowed(run: Path) -> None:
     assert changed.overrides[-2:] == ["eval.split=ood", "env.k=9"]
 
 
+def test_a_run_can_meet_another_family(run: Path) -> None:
+    changed = config.from_run(run, ["env=point_nav", "env.horizon=7"], ("eval", "env"))
+    assert changed.env == "point_nav" and changed.algo == config.from_run(run, [], ()).algo
+    expected = config.compose(["env=point_nav", "env.horizon=7"])
+    assert changed.config.env == expected.config.env and changed.resolved["env"] == expected.resolved["env"]
+    with pytest.raises(ConfigError, match="algo=maml: a run keeps its own"):
+        config.from_run(run, ["algo=maml"], ("eval", "env", "algo"))
+
+
 @pytest.mark.parametrize(
     ("override", "fragments"),
     [
@@ -275,7 +284,7 @@ def test_a_run_can_be_changed_where_allowed(run: Path) -> None:
         ("eval.splitt=ood", ["eval.splitt=ood: no such key", "Did you mean eval.split?"]),
         ("env.k=0", ["env.k=0: must be an integer >= "]),
         ("env.k=1,2", ["env.k=1,2: takes one value"]),
-        ("env=point_nav", ["env=point_nav: a run keeps its own", "env.KEY=VALUE"]),
+        ("env=pointnav", ["env=pointnav", "Did you mean point_nav?"]),
         ("env._target_=os.system", ["env._target_=os.system: only classes of metarl_cli"]),
         ("eval.seed=${oc.env:METARL_SECRET}", ["eval.seed=${oc.env:METARL_SECRET}", "may not read the environment"]),
         ("hydra.run.dir=x", ["hydra.run.dir=x: cannot be changed"]),

@@ -283,7 +283,7 @@ def test_another_budget_and_another_family(finished: Finished, tmp_path: Path, c
     assert evaluations(run) == [path]
 
 
-@pytest.mark.parametrize("words", [["eval.split=odd"], ["algo.lr=1"], ["seed=3"], ["eval.checkpoint=best"]])
+@pytest.mark.parametrize("words", [["eval.split=odd"], ["algo=rl2"], ["seed=3"], ["eval.checkpoint=best"]])
 def test_what_cannot_be_evaluated(
     finished: Finished, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,4 +42,7 @@ class ReptileSettings(GradientBasedSettings):
         if self.learned_lr:
             problem = "Reptile has no gradient with respect to the inner step"
             raise ConfigError("algo.learned_lr", "true", problem, allowed=["false"])
+        if self.inner_optimizer not in ("sgd", "adam"):
+            problem = "Reptile has no gradient with respect to a learned rule"
+            raise ConfigError("algo.inner_optimizer", self.inner_optimizer, problem, allowed=["sgd", "adam"])
         return Reptile(**self.shared(family))

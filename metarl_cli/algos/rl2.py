@@ -69,6 +69,9 @@ class RL2(MetaLearner):
         normaliser = Normaliser.create(self.network.spec.observation, self.normalize_observations, self.normalize_rewards)
         return RL2State(params, self.optimizer().init(params), normaliser)
 
+    def learned(self, state: RL2State) -> RL2State:
+        return state._replace(optimizer=None)
+
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """A point per episode."""
         return Plan(points=settings.episodes or self.episodes, episodes=1)

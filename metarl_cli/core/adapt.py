@@ -5,9 +5,10 @@ A meta-learner of this kind is right only if the *same* inner step adapts while 
 
     theta' = theta - alpha grad L_in(theta; D)                                      (Finn et al. 2017, equation 4)
 
-Four switches make of it the inner loops of the literature: what `adapts` (all: MAML; the head: ANIL, Raghu et al. 2020; a
+Five switches make of it the inner loops of the literature: what `adapts` (all: MAML; the head: ANIL, Raghu et al. 2020; a
 context: CAVIA, Zintgraf et al. 2019), whether alpha is learned for each parameter (Meta-SGD, Li et al. 2017), whether the
-step is differentiated through (`first_order`: it is not), and the `estimator` of the policy gradient.
+step is differentiated through (`first_order`: it is not), the `estimator` of the policy gradient, and the `rule` by which a
+gradient becomes a step, which may be learned itself (`core.rules`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from metarl_cli.core.distributions import Distribution
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.networks import Policy
 from metarl_cli.core.returns import Normaliser, gae, linear_baseline, masked_mean, mean_and_std
 from metarl_cli.core.rollout import flatten, rollout
+from metarl_cli.core.rules import Optax, Rule
 from metarl_cli.core.types import Batch, Key, Params, pytree, static
 
 Estimator = Literal["score", "dice", "lvc", "ratio"]
@@ -44,10 +45,10 @@ class Data(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A policy on its way: its parameters, and the moments of an inner optimiser that has some."""
+    """A policy on its way: its parameters, and what the rule remembers."""
 
     params: Params
-    moments: optax.OptState
+    memory: Any
 
 
 def inner_loss(estimator: Estimator, log_prob: jax.Array, data: Data, gamma: float | jax.Array) -> jax.Array:
@@ -89,8 +90,8 @@ def box(x: jax.Array) -> jax.Array:
 class InnerLoop:
     """Adaptation by policy gradients (Finn et al. 2017, section 4.2).
 
-    The meta-parameters theta are those of the policy, `{"body", "head"}`, and with `learned_lr` a step `"lr"` for each
-    number that adapts. A context is no part of theta: it is 0 at the start of each trial.
+    The meta-parameters theta are those of the policy, `{"body", "head"}`, with `learned_lr` a step `"lr"` for each number
+    that adapts, and those of a learned `"rule"`. A context is no part of theta: it is 0 at the start of each trial.
     """
 
     lr: float | jax.Array  # alpha, or where the learned ones start
@@ -99,7 +100,7 @@ class InnerLoop:
     policy: Policy = static()
     estimator: Estimator = static(default="score")
     adapts: Adapts = static(default="all")
-    optimizer: Literal["sgd", "adam"] = static(default="sgd")
+    rule: Rule = static(default=Optax())
     learned_lr: bool = static(default=False)
     first_order: bool = static(default=False)
     remat: bool = static(default=False)
@@ -108,15 +109,13 @@ class InnerLoop:
     def init(self, key: Key) -> Params:
         """theta at the start."""
         theta = self.policy.init(key)
+        rule = self.rule.init(jax.random.fold_in(key, 1))
+        if rule is not None:
+            theta["rule"] = rule
         if self.learned_lr:
             moving = self.moving(self.start(theta).params)
             theta["lr"] = jax.tree.map(lambda x: jnp.full_like(x, self.lr), moving)
         return theta
-
-    @property
-    def transform(self) -> optax.GradientTransformation:
-        # Without `eps_root` the derivative of a root at 0 makes the meta-gradient NaN.
-        return optax.scale_by_adam(eps_root=1e-8) if self.optimizer == "adam" else optax.identity()
 
     def moving(self, params: Params) -> Params:
         return {group: params[group] for group in GROUPS[self.adapts]}
@@ -126,7 +125,7 @@ class InnerLoop:
         params = theta
         if self.adapts == "context":
             params = {**theta, "context": jnp.zeros(self.policy.context)}
-        return Adapted(params, self.transform.init(self.moving(params)))
+        return Adapted(params, self.rule.start(params.get("rule"), self.moving(params)))
 
     def loss(self, params: Params, data: Data) -> jax.Array:
         """L_in: see `inner_loss`."""
@@ -134,16 +133,16 @@ class InnerLoop:
         return inner_loss(self.estimator, log_prob, data, self.gamma)
 
     def step(self, adapted: Adapted, data: Data, scale: float | jax.Array = 1.0) -> Adapted:
-        """THE inner step: `theta' = theta - alpha grad L_in(theta; D)`, alpha times `scale`."""
-        params, moments = adapted
+        """THE inner step: `theta' = theta - alpha grad L_in(theta; D)` or what the rule makes of it, alpha times `scale`."""
+        params, memory = adapted
         moving = self.moving(params)
-        gradient = jax.grad(lambda moving: self.loss({**params, **moving}, data))(moving)
+        loss, gradient = jax.value_and_grad(lambda moving: self.loss({**params, **moving}, data))(moving)
         if self.first_order:
             gradient = jax.lax.stop_gradient(gradient)
-        direction, moments = self.transform.update(gradient, moments)
-        lr = params["lr"] if self.learned_lr else jax.tree.map(lambda _: self.lr, moving)
-        moving = jax.tree.map(lambda p, lr, d: p - scale * lr * d, moving, lr, direction)
-        return Adapted({**params, **moving}, moments)
+        lr = params["lr"] if self.learned_lr else jax.tree.map(lambda x: jnp.full_like(x, self.lr), moving)
+        lr = jax.tree.map(lambda lr: scale * lr, lr)
+        moving, memory = self.rule.step(params.get("rule"), memory, moving, gradient, loss, lr)
+        return Adapted({**params, **moving}, memory)
 
     def replay(self, theta: Params, data: Data) -> list[Params]:
         """The policies' parameters at all points of a trial, as functions of theta; recorded data `[N + 1, K, T]`."""
@@ -166,28 +165,8 @@ class InnerLoop:
         return self.policy.apply(self.replay(theta, data)[-1], last.observation), last
 
     def data(self, observation: jax.Array, batch: Batch, normaliser: Normaliser) -> Data:
-        """What one task's batch `[K, T]` says, advantages over the linear feature baseline, centred and scaled.
-
-        The policy acted on `observation`. What it was told of the task is not for the baseline, which is fitted to one task.
-
-        The return is that of the finite horizon: the baseline sees the time, so the time limit is a part of the task and a
-        truncation does not bootstrap. Episodes of a single step are neither standardised nor, if there is but one,
-        compared with a baseline: either would leave an advantage of 0.
-        """
-        reward = jnp.where(batch.valid, normaliser.scale(batch.reward), 0)
-        end = batch.terminated | batch.truncated
-        zeros = jnp.zeros_like(reward)
-        target = gae(reward, zeros, zeros, end, end, self.gamma, 1.0)
-        value = zeros
-        if batch.valid.size > 1:
-            value = linear_baseline(normaliser.observe(batch.observation), target, batch.valid)
-        next_value = jnp.concatenate([value[..., 1:], jnp.zeros_like(value[..., :1])], axis=-1)
-        advantage = gae(reward, value, next_value, end, end, self.gamma, self.lam)
-        if batch.valid.shape[-1] > 1:
-            mean, std = mean_and_std(advantage, batch.valid)
-            advantage = jnp.where(batch.valid, (advantage - mean) / std, 0)
-            reward, value = reward / std, (value + mean) / std
-        return Data(observation, batch.action, advantage, reward, value, batch.extra, batch.valid)
+        """What one task's batch `[K, T]` says: see `policy_data`."""
+        return policy_data(observation, batch, normaliser, self.gamma, self.lam)
 
     def live(
         self,
@@ -230,6 +209,33 @@ class InnerLoop:
         keys = jax.random.split(key, points)
         _, (batch, data) = jax.lax.scan(point, self.start(theta), (jnp.arange(points), keys))
         return batch, data
+
+
+def policy_data(
+    observation: jax.Array, batch: Batch, normaliser: Normaliser, gamma: float | jax.Array, lam: float | jax.Array
+) -> Data:
+    """What one task's batch `[K, T]` says, advantages over the linear feature baseline, centred and scaled.
+
+    The policy acted on `observation`. What it was told of the task is not for the baseline, which is fitted to one task.
+
+    The return is that of the finite horizon: the baseline sees the time, so the time limit is a part of the task and a
+    truncation does not bootstrap. Episodes of a single step are neither standardised nor, if there is but one,
+    compared with a baseline: either would leave an advantage of 0.
+    """
+    reward = jnp.where(batch.valid, normaliser.scale(batch.reward), 0)
+    end = batch.terminated | batch.truncated
+    zeros = jnp.zeros_like(reward)
+    target = gae(reward, zeros, zeros, end, end, gamma, 1.0)
+    value = zeros
+    if batch.valid.size > 1:
+        value = linear_baseline(normaliser.observe(batch.observation), target, batch.valid)
+    next_value = jnp.concatenate([value[..., 1:], jnp.zeros_like(value[..., :1])], axis=-1)
+    advantage = gae(reward, value, next_value, end, end, gamma, lam)
+    if batch.valid.shape[-1] > 1:
+        mean, std = mean_and_std(advantage, batch.valid)
+        advantage = jnp.where(batch.valid, (advantage - mean) / std, 0)
+        reward, value = reward / std, (value + mean) / std
+    return Data(observation, batch.action, advantage, reward, value, batch.extra, batch.valid)
 
 
 def task_code(family: TaskFamily, task: Any) -> jax.Array:

@@ -22,6 +22,7 @@ from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
 from metarl_cli.core.networks import Activation, Policy
 from metarl_cli.core.returns import Normaliser, episode_returns, masked_mean
 from metarl_cli.core.rollout import Spaces, spaces
+from metarl_cli.core.rules import MetaLSTM, Optax, Recurrent
 from metarl_cli.core.settings import AlgoSettings, EvalSettings, Widths, setting
 from metarl_cli.core.types import Batch, Key, Params, Plan, Trial, pytree, static
 
@@ -61,6 +62,9 @@ class GradientBased(MetaLearner):
         theta = self.inner.init(key)
         normaliser = Normaliser.create(spaces(family).observation, self.normalize_observations, self.normalize_rewards)
         return State(theta, self.optimizer().init(theta), normaliser)
+
+    def learned(self, state: State) -> State:
+        return state._replace(optimizer=None)
 
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """The test protocol of MAML's authors: 3 steps from 40 episodes each, alpha halved after the first.
@@ -172,7 +176,10 @@ class GradientBasedSettings(AlgoSettings):
         "least so many, as the trial is split evenly",
         ge=0,
     )
-    inner_optimizer: Literal["sgd", "adam"] = setting("what turns the inner gradient into a step")
+    inner_optimizer: Literal["sgd", "adam", "meta_lstm", "recurrent"] = setting(
+        "what turns the inner gradient into a step; the last two are learned"
+    )
+    rule_units: int = setting("units of a learned inner_optimizer, for each number that adapts", unit="units", ge=1)
     estimator: Estimator = setting("of the inner policy gradient: they differ in its derivative")
     adapts: Adapts = setting("what an inner step changes; a context is an input of the policy, 0 before the first step")
     context: int = setting("size of the context (adapts=context)", ge=1)
@@ -213,6 +220,13 @@ class GradientBasedSettings(AlgoSettings):
             at_once = max(1, 2000 // (episodes * family.horizon))
             task_batch = at_once if jax.default_backend() == "cpu" else 0
         context = self.context if self.adapts == "context" else 0
+        match self.inner_optimizer:
+            case "meta_lstm":
+                rule = MetaLSTM(self.rule_units)
+            case "recurrent":
+                rule = Recurrent(self.rule_units)
+            case name:
+                rule = Optax(name)
         inner = InnerLoop(
             lr=self.inner_lr,
             gamma=self.gamma,
@@ -220,7 +234,7 @@ class GradientBasedSettings(AlgoSettings):
             policy=Policy(spec, self.hidden, self.activation, context),
             estimator=self.estimator,
             adapts=self.adapts,
-            optimizer=self.inner_optimizer,
+            rule=rule,
             learned_lr=self.learned_lr,
             first_order=self.first_order,
             remat=self.remat,

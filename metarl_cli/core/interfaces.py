@@ -71,6 +71,10 @@ class MetaLearner(Learner):
     """A learner that is trained on tasks of a family."""
 
     @abstractmethod
+    def learned(self, state: State) -> State:
+        """The state with None for all that `trial` does not need: what is left fits every family that `trial` can meet."""
+
+    @abstractmethod
     def update(self, state: State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[State, Metrics]:
         """One meta-iteration, pure. `progress` in [0, 1) is traced, for schedules.
 

@@ -23,9 +23,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "r
 MIN_LOG_STD = jnp.log(1e-6).item()  # the floor of MAML's authors
 
 
-def run(module: nn.Module, params: Params, x: jax.Array) -> Any:
+def run(module: nn.Module, params: Params, *args: Any) -> Any:
     """`module.apply` without its other return types."""
-    return module.apply(params, x)
+    return module.apply(params, *args)
 
 
 class MLP(nn.Module):
@@ -101,6 +101,135 @@ class Policy:
             context = jnp.broadcast_to(params["context"], (*observation.shape[:-1], self.context))
             inputs = jnp.concatenate([observation, context], axis=-1)
         return run(self.head, params["head"], run(self.body, params["body"], inputs))
+
+
+@dataclass(frozen=True)
+class AgentNetwork:
+    """A policy and, in a network of its own, some `outputs`: a value, or the logits of a prediction."""
+
+    policy: Policy
+    outputs: int
+
+    @property
+    def body(self) -> MLP:
+        return MLP(self.policy.widths, self.policy.activation)
+
+    @property
+    def head(self) -> nn.Dense:
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)
+
+    def init(self, key: Key) -> Params:
+        key_policy, key_body, key_head = jax.random.split(key, 3)
+        inputs = jnp.zeros(self.policy.spec.observation)
+        body = self.body.init(key_body, inputs)
+        head = self.head.init(key_head, run(self.body, body, inputs))
+        return {"policy": self.policy.init(key_policy), "beside": {"body": body, "head": head}}
+
+    def apply(self, params: Params, observation: jax.Array) -> tuple[Distribution, jax.Array]:
+        """`[..., D]` to a distribution and outputs `[..., M]`."""
+        beside = params["beside"]
+        outputs = run(self.head, beside["head"], run(self.body, beside["body"], observation))
+        return self.policy.apply(params["policy"], observation), outputs
+
+
+class Backward(nn.Module):
+    """One step of the rule that reads episodes backwards: features of a step and what is remembered of later ones."""
+
+    units: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry, h = nn.GRUCell(self.units, param_dtype=float)(carry, x)
+        return carry, nn.Dense(self.outputs, param_dtype=float)(h)
+
+
+@dataclass(frozen=True)
+class BackwardNetwork:
+    """The network of LPG (Oh et al. 2020, figure 1): of predictions of M categories it makes two kinds of targets."""
+
+    predictions: int
+    units: int
+    embedding: int
+
+    @property
+    def embed(self) -> nn.Sequential:
+        return nn.Sequential([nn.Dense(self.embedding, param_dtype=float), jnp.tanh, nn.Dense(1, param_dtype=float)])
+
+    @property
+    def backward(self) -> Backward:
+        return Backward(self.units, 1 + self.predictions)
+
+    def init(self, key: Key) -> Params:
+        key_embed, key_backward = jax.random.split(key)
+        embed = self.embed.init(key_embed, jnp.zeros(self.predictions))
+        return {"embed": embed, "backward": self.backward.init(key_backward, jnp.zeros(self.units), jnp.zeros(6))}
+
+    def apply(self, params: Params, steps: jax.Array, y: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Targets `[K, T]` and `[K, T, M]` from what happened, `[K, T, 4]`, and the predictions `[K, T, M]`.
+
+        Args:
+            end: nothing is remembered, and no prediction of the next state is seen, over such a step.
+        """
+        now = run(self.embed, params["embed"], y)
+        after = jnp.concatenate([now[:, 1:], jnp.zeros_like(now[:, :1])], axis=1)
+        x = jnp.concatenate([steps, now, jnp.where(end[..., None], 0, after)], axis=-1)
+
+        def step(carry, now):
+            x, end = now
+            return run(self.backward, params["backward"], jnp.where(end[:, None], 0, carry), x)
+
+        carry = jnp.zeros((y.shape[0], self.units), y.dtype)
+        time_first = jnp.moveaxis(x, 1, 0), jnp.moveaxis(end, 1, 0)
+        out = jnp.moveaxis(jax.lax.scan(step, carry, time_first, reverse=True)[1], 0, 1)
+        return out[..., 0], out[..., 1:]
+
+
+class Stack(nn.Module):
+    """LSTMs on top of each other, one step, and a linear layer on the last and on what stands `beside` it."""
+
+    units: int
+    layers: int
+    outputs: int
+    scale: float  # of the linear layer's initial weights
+
+    @nn.compact
+    def __call__(self, carry: list[Any], x: jax.Array, beside: jax.Array) -> tuple[list[Any], jax.Array]:
+        new = []
+        for c in carry:
+            c, x = nn.OptimizedLSTMCell(self.units, param_dtype=float)(c, x)
+            new.append(c)
+        init = nn.initializers.variance_scaling(self.scale, "fan_avg", "uniform")
+        x = jnp.concatenate([x, beside], axis=-1)
+        return new, nn.Dense(self.outputs, kernel_init=init, param_dtype=float)(x)
+
+
+@dataclass(frozen=True)
+class CoordinateNetwork:
+    """One recurrent network for each of n numbers: shared weights, a carry for each, and a learned first carry."""
+
+    units: int
+    layers: int
+    outputs: int
+    scale: float
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.units, self.layers, self.outputs, self.scale)
+
+    def init(self, key: Key, inputs: int, beside: int) -> Params:
+        key_start, key_weights = jax.random.split(key)
+        params = {"start": 0.1 * jax.random.normal(key_start, (self.layers, 2, self.units))}
+        weights = self.stack.init(key_weights, self.start(params, 1), jnp.zeros((1, inputs)), jnp.zeros((1, beside)))
+        return params | {"weights": weights}
+
+    def start(self, params: Params, n: int) -> list[Any]:
+        """Of n numbers."""
+        return [tuple(jnp.broadcast_to(x, (n, self.units)) for x in layer) for layer in params["start"]]
+
+    def step(self, params: Params, carry: list[Any], x: jax.Array, beside: jax.Array) -> tuple[list[Any], jax.Array]:
+        """`x [n, D]` to outputs `[n, M]`."""
+        return run(self.stack, params["weights"], carry, x, beside)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Returns and advantages of padded batches, time last: `[..., T]`. Nothing here is differentiated."""
+"""Returns and advantages of padded batches, time last: `[..., T]`. Only meta-gradients are taken through them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,130 @@
+"""A learned update rule against an actor-critic that was tuned on the training tasks, on tasks that neither has seen.
+
+    .venv/bin/python scripts/compare_rules.py DIRECTORY                     all of it
+    .venv/bin/python scripts/compare_rules.py DIRECTORY --rules RUN ...     rules from these runs of `algo=lpg`
+
+Trains `algo=lpg` on small MDPs (`TRAIN`), takes of 16 settings of the actor-critic's learning rate and entropy the one with
+the highest mean return over all updates on training tasks, and lets fresh agents of both learn in the families `UNSEEN`,
+from the same number of episodes in each update. It prints the return after some numbers of updates, and the mean over all
+updates with 95 % intervals over seeds and tasks, also of the difference. What is finished is kept in DIRECTORY: the same
+command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarl_cli import config, evaluation, runner
+from metarl_cli.core.statistics import summarise
+
+TRAIN = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
+UNSEEN = {
+    "the training family": TRAIN,
+    "larger": ["env=tabular_mdp", "env.states=10", "env.actions=5", "env.horizon=10", "env.reward_noise=0.1"],
+    "other rewards": [*TRAIN, "env.reward_mean=0.0", "env.reward_std=2.0"],
+    "longer": ["env=tabular_mdp", "env.states=8", "env.actions=4", "env.horizon=20", "env.reward_noise=0.5"],
+    "grid": ["env=grid_nav", "env.observation=one_hot"],
+    "chain of 6": ["env=chain", "env.length=6", "env.horizon=12"],
+}
+RATES, ENTROPIES = (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2, 1e-1)
+SHOWN = (0, 5, 10, 20, 50, 100)  # updates
+
+
+def curve(lines: list[str], settings: list[str], seeds: list[int], state: Any = None, **changes: Any) -> np.ndarray:
+    """Returns `[S, N, P]`: mean of each point's episodes."""
+    composed = config.compose([*lines, *settings])
+    learner, family = config.build(composed.config)
+    learner = dataclasses.replace(learner, **changes)  # type: ignore[type-var]
+    if state is None:
+        import jax
+
+        keys = jax.vmap(jax.random.key)(np.asarray(seeds))
+        state = jax.vmap(lambda key: learner.learned(learner.init(key, family)))(keys)
+    return evaluation.evaluate(learner, state, family, composed.config.eval, seeds).returns.mean(3)
+
+
+def trained(directory: Path, seed: int, overrides: list[str]) -> Path:
+    """A run of lpg, finished."""
+    run = directory / f"lpg_{seed}"
+    command = [sys.executable, "-m", "metarl_cli"]
+    if (run / "result.json").exists():
+        return run
+    if (run / "config.yaml").exists():
+        subprocess.run([*command, "resume", str(run)], check=True)
+    else:
+        lines = ["algo=lpg", *TRAIN, f"seed={seed}", "log_every=10", "eval.tasks=100", *overrides, f"hydra.run.dir='{run}'"]
+        subprocess.run([*command, "train", *lines], check=True)
+    return run
+
+
+def tune(directory: Path, settings: list[str]) -> dict[str, float]:
+    """The best of 16, by the mean return over all updates on training tasks."""
+    path = directory / "tuned.json"
+    if not path.exists():
+        scores = {}
+        for lr, entropy in itertools.product(RATES, ENTROPIES):
+            changes = {"inner_lr": lr, "entropy": entropy}
+            lines = ["algo=actor_critic", *TRAIN, "algo.hidden=[]", "eval.split=train", "eval.seed=1"]
+            scores[f"{lr},{entropy}"] = float(curve(lines, settings, [0], **changes).mean())
+            print(f"actor-critic, lr {lr:g}, entropy {entropy:g}: {scores[f'{lr},{entropy}']:.3f}", flush=True)
+        lr, entropy = map(float, max(scores, key=scores.__getitem__).split(","))
+        path.write_text(json.dumps({"scores": scores, "inner_lr": lr, "entropy": entropy}))
+    best = json.loads(path.read_text())
+    return {"inner_lr": best["inner_lr"], "entropy": best["entropy"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--rules", type=Path, nargs="*", help="runs of algo=lpg, one for each seed")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("overrides", nargs="*", help="of the training of lpg, e.g. iterations=2000")
+    given = parser.parse_intermixed_args()
+    given.directory.mkdir(parents=True, exist_ok=True)
+    runs = given.rules or [trained(given.directory, seed, given.overrides) for seed in range(given.seeds)]
+    settings = [f"eval.tasks={given.tasks}", f"eval.adapt.steps={given.updates}"]
+    best = tune(given.directory, settings)
+    print(f"actor-critic: the best has lr {best['inner_lr']:g}, entropy {best['entropy']:g}")
+    shown = [n for n in SHOWN if n <= given.updates]
+    print(f"\n| family | | {' | '.join(f'after {n}' for n in shown)} | mean over all | difference |")
+    print(f"|---|---|{'---|' * (len(shown) + 2)}")
+    for name, lines in UNSEEN.items():
+        file = given.directory / f"{name.replace(' ', '_')}.npz"
+        if not file.exists():
+            rule = np.concatenate([rule_curve(Path(run), [*lines, *settings]) for run in runs])
+            tuned = ["algo=actor_critic", *lines, "algo.hidden=[]"]
+            np.savez(file, lpg=rule, actor_critic=curve(tuned, settings, list(range(len(runs))), **best))
+        with np.load(file) as arrays:
+            both = dict(arrays)
+        gain = summarise((both["lpg"] - both["actor_critic"]).mean(2))
+        for learner, returns in both.items():
+            area = summarise(returns.mean(2))
+            cells = [f"{returns[:, :, n].mean():.2f}" for n in shown]
+            cells.append(f"{area['mean']:.2f} [{area['ci_low']:.2f}, {area['ci_high']:.2f}]")
+            cells.append(f"{gain['mean']:+.2f} [{gain['ci_low']:.2f}, {gain['ci_high']:.2f}]" if learner == "lpg" else "")
+            print(f"| {name if learner == 'lpg' else ''} | `{learner}` | {' | '.join(cells)} |", flush=True)
+
+
+def rule_curve(run: Path, lines: list[str]) -> np.ndarray:
+    """Of a trained rule, `[1, N, P]`, on the family that `lines` name."""
+    composed = config.from_run(run, lines, ("eval", "env"))
+    learner, family = config.build(composed.config)
+    state = runner.restore_learner(run, composed, learner, family)
+    return evaluation.evaluate(learner, state, family, composed.config.eval, runner.seed_list(composed.config)).returns.mean(
+        3
+    )
+
+
+if __name__ == "__main__":
+    main()

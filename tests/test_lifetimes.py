@@ -1,0 +1,267 @@
+"""Learners of an update rule: the plain learners that they contain, their meta-gradients, lives that end, and the chain."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import running
+from jax.flatten_util import ravel_pytree
+from probes import assert_close, build, eval_settings, finite_differences, update, walk
+from test_returns import loop_gae
+
+from metarl_cli.algos.lpg import LPG
+from metarl_cli.core.adapt import InnerLoop, policy_data
+from metarl_cli.core.returns import Normaliser
+from metarl_cli.core.types import pytree
+
+TINY: dict[str, Any] = {"hidden": [3], "meta_batch": 3, "episodes": 2, "inner_steps": 2, "lifetime": 6, "task_batch": 0}
+RULE: dict[str, Any] = {"units": 3, "embedding": 2, "predictions": 3}
+RAW = Normaliser(None, None)
+
+
+def learner_of(algo: str, discrete: bool = True, **settings: Any) -> Any:
+    return build(algo, walk(discrete), **(TINY | (RULE if algo == "lpg" else {}) | settings))
+
+
+def lived(learner: Any, discrete: bool = True, seed: int = 0) -> tuple[Any, Any, Any]:
+    """A state, and what its agents live through: agents afterwards and `[B, N + 1, K, T]`."""
+    family = walk(discrete)
+    state = jax.jit(lambda key: learner.init(key, family))(jax.random.key(seed))
+    if isinstance(learner, LPG):  # large enough to matter
+        state = state._replace(params=jax.tree.map(lambda x: 1.5 * x + 0.1, state.params))
+
+    def live(life, key):
+        return learner.live(state.params, life.agent, key, family, life.task, learner.inner_steps, learner.episodes)
+
+    agents, batch = jax.jit(jax.vmap(live))(state.lives, jax.random.split(jax.random.key(seed + 1), learner.meta_batch))
+    return state, agents, batch
+
+
+def first(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+# --- the plain learners inside
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_with_frozen_meta_parameters_it_is_the_plain_actor_critic(float64, optimizer):
+    """Step for step, over two meta-iterations of two updates, against one written here."""
+    settings = {"gamma": 0.8, "lam": 0.6, "entropy": 0.05, "inner_lr": 0.1, "inner_optimizer": optimizer, "lifetime": 1000}
+    learner = replace(learner_of("meta_gradient", **settings), lr=0.0)
+    family, network = walk(True), learner.network
+    start = state = jax.jit(lambda key: learner.init(key, family))(jax.random.key(0))
+    transform = optax.adam(0.1, eps_root=1e-8) if optimizer == "adam" else optax.sgd(0.1)
+
+    @jax.jit
+    def live(state, key):
+        life = first(state.lives)
+        return learner.live(state.params, life.agent, key, family, life.task, 2, 2)[1]
+
+    @jax.jit
+    def step(params, moments, one, advantage, target):
+        def loss(p):
+            policy, v = network.apply(p, one.observation)
+            m, n = one.valid, one.valid.sum()
+            actor = -jnp.sum(jnp.where(m, policy.log_prob(one.action) * advantage, 0)) / n
+            critic = jnp.sum(jnp.where(m, (v[..., 0] - target) ** 2, 0)) / n / 2
+            return actor + learner.value * critic - 0.05 * jnp.sum(jnp.where(m, policy.entropy(), 0)) / n
+
+        updates, moments = transform.update(jax.grad(loss)(params), moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    params = first(start.lives.agent.params)
+    moments = transform.init(params)
+    for i in range(2):
+        key = jax.random.key(i)
+        batch = live(state, jax.random.split(jax.random.split(key, 3)[1], 3)[0])  # of the first agent
+        for n in range(2):
+            one = jax.tree.map(lambda x, n=n: np.asarray(x[n]), batch)
+            value = np.where(one.valid, network.apply(params, one.observation)[1][..., 0], 0)
+            after = np.concatenate([value[:, 1:], np.zeros((2, 1))], axis=1)
+            done = one.terminated | one.truncated
+            raw = np.stack([loop_gae(*x, 0.8, 0.6) for x in zip(one.reward, value, after, done, done, strict=True)])
+            raw = np.where(one.valid, raw, 0)
+            advantage = (raw - raw[one.valid].mean()) / raw[one.valid].std()
+            params, moments = step(params, moments, one, advantage, value + raw)
+        state, _ = update(learner, state, key, family)
+        assert_close(state.params, start.params, rtol=0, atol=0)
+        assert_close(first(state.lives.agent.params), params, rtol=1e-6, atol=1e-9)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, params, first(start.lives.agent.params))) > 0.1
+
+
+@pytree
+class Told(LPG):
+    """Whose policy target is the advantage."""
+
+    def targets(self, eta: Any, params: Any, batch: Any) -> Any:
+        data = policy_data(batch.observation, batch, RAW, 0.9, 0.7)
+        return data.advantage, jnp.zeros((*batch.valid.shape, self.network.outputs))
+
+
+@pytest.mark.parametrize("discrete", [True, False], ids=["discrete", "continuous"])
+def test_lpg_told_the_advantage_is_reinforce(float64, discrete):
+    learner = learner_of("lpg", discrete, inner_optimizer="sgd", inner_lr=0.3)
+    told = Told(**{name: getattr(learner, name) for name in learner.__dataclass_fields__})
+    state, _, batch = lived(told, discrete)
+    agent, one = first(state.lives.agent), first(first(batch))
+    new, _ = jax.jit(told.update_agent)(state.params, agent, one)
+    inner = InnerLoop(lr=0.3, gamma=0.9, lam=0.7, policy=told.network.policy)
+    policy = agent.params["policy"]
+    expected = inner.step(inner.start(policy), inner.data(one.observation, one, RAW)).params
+    assert_close(new.params["policy"], expected, rtol=1e-9, atol=1e-12)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, expected, policy)) > 0.01
+
+
+# --- the meta-gradient
+
+
+@pytest.mark.parametrize("discrete", [True, False], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("algo", ["meta_gradient", "lpg"])
+def test_meta_gradient_against_finite_differences(float64, algo, discrete):
+    """Through two updates; every meta-parameter has a gradient, and `remat` changes nothing."""
+    learner = learner_of(algo, discrete, inner_optimizer="sgd", inner_lr=0.1)
+    state, _, batch = lived(learner, discrete)
+    flat, unravel = ravel_pytree(state.params)
+
+    def loss(x):
+        return jnp.mean(jax.vmap(lambda life: learner.loss(unravel(x), life))((state.lives.agent, batch)))
+
+    gradient = jax.jit(learner.gradient)(state.params, state.lives, batch)
+    again = jax.jit(replace(learner, remat=True).gradient)(state.params, state.lives, batch)
+    assert_close(again, gradient, rtol=1e-8, atol=1e-12)
+    expected = finite_differences(loss, flat)
+    np.testing.assert_allclose(ravel_pytree(gradient)[0], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        assert np.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+def test_truncation_changes_only_what_it_must(float64):
+    """A window of the last updates has the same value, and the gradient of the rule where it is used within the window."""
+    learner = learner_of("lpg", inner_steps=4, policy_l2=0.0, prediction_l2=0.0, prediction_entropy=0.0)
+    state, _, batch = lived(learner)
+    agent, episodes = first(state.lives.agent), first(batch)
+    early, late = (jax.tree.map(lambda x, part=part: x[part], episodes) for part in (slice(2), slice(2, None)))
+    eta = state.params
+
+    def apart(before, within):
+        return learner.loss(within, (learner.replay(before, agent, early)[0], late))
+
+    @jax.jit
+    def compute(eta):
+        middle = learner.replay(eta, agent, early)[0]
+        whole = jax.value_and_grad(learner.loss)(eta, (agent, episodes))
+        return whole, jax.value_and_grad(apart, argnums=(0, 1))(eta, eta), jax.grad(learner.loss)(eta, (middle, late))
+
+    (whole, full), (value, (before, within)), truncated = compute(eta)
+    np.testing.assert_allclose(value, whole, rtol=1e-10)
+    assert_close(truncated, within, rtol=1e-9, atol=1e-14)
+    assert_close(jax.tree.map(jnp.add, before, within), full, rtol=1e-8, atol=1e-13)
+    assert optax.tree.norm(before) > 1e-3 * optax.tree.norm(within)
+
+
+def test_a_rule_sees_the_future_of_an_episode_and_nothing_else(float64):
+    learner = learner_of("lpg")
+    state, _, batch = lived(learner)
+    agent, one = first(state.lives.agent), first(first(batch))
+    one = one._replace(
+        terminated=jnp.array([[0, 1, 0, 0], [0, 0, 0, 0]], bool),
+        truncated=jnp.array([[0, 0, 0, 0], [0, 0, 0, 1]], bool),
+        valid=jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool),
+    )
+
+    targets = jax.jit(learner.targets)
+
+    def changed(k, t):
+        other = one._replace(reward=one.reward.at[k, t].add(1.0))
+        pair = [targets(state.params, agent.params, x) for x in (one, other)]
+        return np.abs(pair[0][0] - pair[1][0]) > 1e-9
+
+    np.testing.assert_array_equal(changed(1, 2), [[0, 0, 0, 0], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(changed(0, 1), [[1, 1, 0, 0], [0, 0, 0, 0]])
+    assert not changed(0, 2)[0, :2].any() and not changed(0, 2)[1].any()  # after the end
+
+
+def test_evolution_strategies_agree_with_the_gradient(float64):
+    """Where the fitness is smooth and known: J = -|eta - goal|^2, in place of what agents earn."""
+    learner = replace(learner_of("meta_gradient", meta_batch=4000, episodes=1, outer="es"), sigma=0.05)
+    goal = jnp.array([0.5, -1.0, 0.3, 0.8])
+    eta = {"entropy": jnp.zeros(()), "gamma": jnp.zeros(()), "lam": jnp.zeros(()), "lr": jnp.zeros(())}
+
+    @pytree
+    class Known(type(learner)):
+        def live(self, eta, agent, key, family, task, updates, episodes):
+            reward = -jnp.sum((ravel_pytree(eta)[0] - goal) ** 2)
+            one = jnp.ones((updates + 1, 1, 1))
+            return agent, Episodes(reward * one, one > 0)
+
+    known = Known(**{name: getattr(learner, name) for name in learner.__dataclass_fields__})
+    lives = Lives(agent=jnp.zeros(4000), task=jnp.zeros(4000))
+    estimate = ravel_pytree(jax.jit(lambda key: known.evolve(eta, lives, key, walk(True)))(jax.random.key(0)))[0]
+    truth = ravel_pytree(jax.grad(lambda eta: jnp.sum((ravel_pytree(eta)[0] - goal) ** 2))(eta))[0]
+    cosine = estimate @ truth / jnp.linalg.norm(estimate) / jnp.linalg.norm(truth)
+    assert cosine > 0.99
+
+
+class Episodes(NamedTuple):
+    reward: Any
+    valid: Any
+
+
+class Lives(NamedTuple):
+    agent: Any
+    task: Any
+
+
+# --- lives
+
+
+def test_lives_end_one_by_one_and_are_replaced():
+    learner = learner_of("meta_gradient", meta_batch=40, lifetime=5, inner_steps=2)
+    family = walk(True)
+    state = jax.jit(lambda key: learner.init(key, family))(jax.random.key(0))
+    assert set(np.unique(state.lives.left)) == {1, 2, 3, 4, 5}
+    for i in range(3):
+        new, _ = update(learner, state, jax.random.key(i), family)
+        ends = np.asarray(state.lives.left) <= 2
+        assert 0 < ends.sum() < 40
+        same_task = np.asarray(new.lives.task.goal == state.lives.task.goal)
+        np.testing.assert_array_equal(same_task, ~ends)
+        np.testing.assert_array_equal(new.lives.left[~ends], state.lives.left[~ends] - 2)
+        assert np.all(new.lives.left >= 1)
+        state = new
+
+
+@pytest.mark.parametrize("algo", ["meta_gradient", "lpg"])
+def test_a_trial_needs_what_was_learned_alone_and_any_family_will_do(algo):
+    learner = learner_of(algo)
+    state, _, _ = lived(learner)
+    eta = learner.learned(state)
+    assert len(jax.tree.leaves(eta)) == len(jax.tree.leaves(state.params))
+    settings = eval_settings(adapt__steps=3, adapt__episodes=2)
+    for discrete in (True, False):
+        other, family = learner_of(algo, discrete, hidden=[4, 2]), walk(discrete)
+        shapes = jax.eval_shape(lambda key, x=other, f=family: x.init(key, f), jax.random.key(0))
+        assert jax.tree.map(jnp.shape, other.learned(shapes)) == jax.tree.map(jnp.shape, eta)
+        plan, task = other.plan(family, settings), family.sample(jax.random.key(3))
+        trial = jax.jit(lambda key, x=other, f=family, t=task, p=plan: x.trial(eta, key, f, t, p))(jax.random.key(2))
+        assert trial.returns.shape == (4, 2) and np.all(np.isfinite(trial.returns))
+
+
+@pytest.mark.slow
+def test_metarl_eval_takes_a_rule_to_another_family_and_network(tmp_path: Path) -> None:
+    run = running.train(tmp_path / "run", running.small("lpg", "bandit"))
+    words = ["env=two_step", "env.reward=0.8", "algo.hidden=[4]", "eval.tasks=3", "eval.adapt.steps=2"]
+    assert running.metarl("eval", run, *words) == 0
+    (file,) = (run / "evaluations").glob("*.json")
+    curve = json.loads(file.read_text())["evaluation"]["test"]["curve"]
+    assert [point["episodes"] for point in curve] == [0, 2, 4]
+    assert running.metarl("eval", run, "algo.units=5") == 2  # of the rule itself
