@@ -57,7 +57,7 @@ class Column(Settings):
     )
     against: Source | Literal["optimum"] | None = setting("what the verdict compares with; null: with nothing")
     budgets: dict[Budget, dict[str, Lines]] | None = setting(
-        "of a learner that is trained: further overrides, by budget and patterns of rows, all that fit; null: nothing to train"
+        "of a learner that is trained: further overrides, by budget and patterns of rows; null: nothing to train"
     )
 
 

@@ -18,6 +18,7 @@ from metarl_cli.tables import records
 from metarl_cli.tables.table import Cell, Published, Rule, Table
 
 Verdict = Literal["matches", "better", "worse", "not run", ""]
+RECORDED = "as recorded with metarl"
 WIDTH = 130  # of the text around the numbers
 
 
@@ -51,9 +52,8 @@ def view(name: str, table: Table, chosen: list[Cell], folder: Path | None) -> Vi
     """
     if folder is None:
         own = any((records.OWN / name).glob("*.json"))
-        folder, origin = (
-            (records.OWN, f"your own runs, {records.OWN / name}") if own else (records.RECORDED, "as recorded with metarl")
-        )
+        folder = records.OWN if own else records.RECORDED
+        origin = f"your own runs, {records.OWN / name}" if own else RECORDED
     else:
         origin = str(folder / name)
     known = {cell: record for cell, record in records.read(folder, name).items() if record["mean"] is not None}
