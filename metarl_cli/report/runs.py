@@ -104,7 +104,8 @@ class Group(NamedTuple):
     @property
     def optimum(self) -> dict[str, Any]:
         """The best possible, where it is known and of the same trials for all."""
-        found = [run.evaluation.get("optimum") or {} for learner in self.learners for run in learner.runs]
+        every = [run.evaluation for learner in self.learners for run in learner.runs if run.evaluation]
+        found = [evaluation.get("optimum") or {} for evaluation in every]
         values = {x.get("value") for x in found}
         return found[0] if len(values) == 1 and None not in values else {}
 
