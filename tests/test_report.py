@@ -119,6 +119,13 @@ def test_runs_that_differ_in_seeds_are_one_learner(tmp_path: Path) -> None:
     np.testing.assert_allclose(regret.mean, 0.5 * np.arange(1, 9))
 
 
+def test_families_are_told_apart(tmp_path: Path) -> None:
+    for n in (3, 4):
+        finished_run(tmp_path / str(n), np.zeros((1, 5, n, 1)))
+    finished_run(tmp_path / "grid", np.zeros((1, 5, 2, 1)), env="grid_nav")
+    assert [group.env for group in runs.groups(runs.find(tmp_path))] == ["grid_nav", "bandit, n=3", "bandit, n=4"]
+
+
 def test_the_same_seeds_twice_are_not_pooled(tmp_path: Path) -> None:
     for name in ("a", "b"):
         finished_run(tmp_path / name, np.zeros((2, 5, 3, 1)))

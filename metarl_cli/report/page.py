@@ -25,9 +25,8 @@ from metarl_cli.report.runs import Group, Run
 
 PAIRS = 8  # comparisons in one figure
 THRESHOLDS = 60  # of a performance profile
-TRAJECTORIES = 4  # learners whose trajectories are shown
 _STYLE = Path(__file__).with_suffix(".css")
-LARGEST = 400_000  # bytes of a stored figure that is taken into the page
+LARGEST = 400_000  # bytes of trajectories in a page: those of further learners are left out
 
 Cell = str | tuple[str, str]  # text, or text and a class of it
 
@@ -220,12 +219,13 @@ def _profile(what: str, scores: dict[str, np.ndarray]) -> str:
 
 
 def _trajectories(group: Group) -> str:
-    found = []
-    for learner in group.learners[:TRAJECTORIES]:
+    found, size = [], 0
+    for learner in group.learners:
         file = learner.runs[0].path / "figures" / "trajectories.svg"
-        if file.is_file() and file.stat().st_size <= LARGEST:
-            caption = f"{learner.label}: what it did in the first tasks."
-            found.append(_image(_coarse(file.read_text(encoding="utf-8")), "trajectories", caption))
+        svg = _coarse(file.read_text(encoding="utf-8")) if file.is_file() else ""
+        size += len(svg)
+        if svg and size <= LARGEST:
+            found.append(_image(svg, "trajectories", f"{learner.label}: what it did in the first tasks."))
     return f'<h3>Trajectories</h3><div class="figures wide">{"".join(found)}</div>' if found else ""
 
 
@@ -325,8 +325,8 @@ def _image(svg: str, name: str, caption: str) -> str:
 
 
 def _coarse(svg: str) -> str:
-    """Paths to a hundredth of a point: half the size."""
-    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    """Paths to a tenth of a point: half the size."""
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
 
 
 def _short(value: Any) -> str:

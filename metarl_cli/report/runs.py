@@ -133,9 +133,14 @@ def groups(runs: list[Run]) -> list[Group]:
     by_tasks: dict[str, list[Run]] = {}
     for run in runs:
         by_tasks.setdefault(run.tasks, []).append(run)
+    firsts = [some[0] for some in by_tasks.values()]
+    apart = [{key: x for key, x in run.settings.items() if key.startswith(("env", "eval."))} for run in firsts]
+    names = [
+        ", ".join(filter(None, [run.choices["env"], _apart(own, apart)])) for run, own in zip(firsts, apart, strict=True)
+    ]
     return [
-        Group(some[0].choices["env"], str((some[0].config.get("eval") or {}).get("split", "")), learners(some))
-        for some in by_tasks.values()
+        Group(name, str((run.config.get("eval") or {}).get("split", "")), learners(some))
+        for name, run, some in zip(names, firsts, by_tasks.values(), strict=True)
     ]
 
 
@@ -165,18 +170,19 @@ def learners(runs: list[Run]) -> list[Learner]:
 def _labels(firsts: list[Run]) -> list[str]:
     labels = []
     for run in firsts:
-        same = [other for other in firsts if other.choices["algo"] == run.choices["algo"]]
-        keys = [
-            key
-            for key, value in run.settings.items()
-            if key not in NO_DIFFERENCE and any(other.settings.get(key) != value for other in same)
-        ]
-        apart = ", ".join(f"{key.rpartition('.')[2]}={run.settings[key]}" for key in keys[:3])
-        labels.append(" ".join(filter(None, [run.choices["algo"], apart])))
+        same = [other.settings for other in firsts if other.choices["algo"] == run.choices["algo"]]
+        labels.append(" ".join(filter(None, [run.choices["algo"], _apart(run.settings, same)])))
     return [
         label if labels.count(label) == 1 else f"{label} ({run.path.name})"
         for label, run in zip(labels, firsts, strict=True)
     ]
+
+
+def _apart(own: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """The first settings that not all of the others of the same family share."""
+    same = [other for other in others if other["env"] == own["env"]]
+    keys = [key for key, x in own.items() if key not in NO_DIFFERENCE and any(other.get(key) != x for other in same)]
+    return ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in keys[:3])
 
 
 # --- curves

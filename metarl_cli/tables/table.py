@@ -186,7 +186,7 @@ def published(file: str) -> dict[tuple[str, str], Published]:
             half_digit=0.5 * 10.0 ** -len(row["value"].partition(".")[2]),
             ci=float(row["ci"]) if row["ci"] else None,
             source=row["source"],
-            text=row["value"],
+            text=row["value"] + (f" ± {row['ci']}" if row["ci"] else ""),
         )
         for row in rows
     }

@@ -140,9 +140,7 @@ def cells(shown: View, line: Line) -> list[str]:
     record: dict[str, Any] = line.record or {}
     interval = f"[{number(record['ci_low'])}, {number(record['ci_high'])}]" if record else ""
     best = [number((record.get("best_seed") or {}).get("mean"))] if shown.table.rule.best_seed else []
-    published = ""
-    if line.published is not None:
-        published = line.published.text + (f" ± {line.published.ci:g}" if line.published.ci is not None else "")
+    published = line.published.text if line.published is not None else ""
     return [
         line.row,
         line.column,
