@@ -313,14 +313,21 @@ def explanation(shown: View) -> list[str]:
         if line.record is not None:
             commands.setdefault((line.record["command"], where(line.record)), []).append(line)
     for (command, place), lines in commands.items():
-        found.append(f"{', '.join(str(line.cell) for line in lines)}: {command} ({place})")
+        found.append(f"{', '.join(map(_with_choice, lines))}: {command} ({place})")
     return found
+
+
+def _with_choice(line: Line) -> str:
+    """`n10k5.ucb1 (algo.c=0.2)`."""
+    chosen = line.record and line.record["chosen"]
+    return str(line.cell) + (f" ({', '.join(f'{key}={x:g}' for key, x in chosen.items())})" if chosen else "")
 
 
 def where(record: records.Record) -> str:
     """On what, when and with which versions a cell was run."""
     device, versions = record["device"], record["versions"]
-    seeds = f"{record['n_seeds']} seeds, " if record["n_seeds"] > 1 else ""
+    failed = f", of which diverged: {', '.join(map(str, record['failed_seeds']))}" if record["failed_seeds"] else ""
+    seeds = f"{record['n_seeds']} seeds{failed}, " if record["n_seeds"] > 1 else ""
     on = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
     made_by = f"metarl {versions['metarl']}, jax {versions['jax']}"
     return f"{seeds}{record['seconds']:.0f} s on {on}, {record['date'][:10]}, {made_by}"
