@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
@@ -273,7 +274,11 @@ def curves(
         axes.axhline(value, color=GREY, linewidth=0.9, linestyle=dashes, label=plain_text(name), zorder=1.5)
     positive = [x for line in lines for x in line.x if x > 0]
     if log and positive:
+        from matplotlib.ticker import FixedLocator
+
         axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+        decades = range(math.ceil(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1)
+        axes.xaxis.set_major_locator(FixedLocator([0, *(10.0**k for k in decades)]))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(figure, [axes], columns=2)
     return figure

@@ -26,7 +26,7 @@ from metarl_cli.report.runs import Group, Run
 PAIRS = 8  # comparisons in one figure
 THRESHOLDS = 60  # of a performance profile
 _STYLE = Path(__file__).with_suffix(".css")
-LARGEST = 400_000  # bytes of trajectories in a page: those of further learners are left out
+LARGEST = 250_000  # bytes of trajectories in a page: those of further learners are left out
 
 Cell = str | tuple[str, str]  # text, or text and a class of it
 
@@ -219,14 +219,17 @@ def _profile(what: str, scores: dict[str, np.ndarray]) -> str:
 
 
 def _trajectories(group: Group) -> str:
-    found, size = [], 0
+    found, left_out, size = [], [], 0
     for learner in group.learners:
         file = learner.runs[0].path / "figures" / "trajectories.svg"
         svg = _coarse(file.read_text(encoding="utf-8")) if file.is_file() else ""
-        size += len(svg)
-        if svg and size <= LARGEST:
+        if svg and size + len(svg) <= LARGEST:
+            size += len(svg)
             found.append(_image(svg, "trajectories", f"{learner.label}: what it did in the first tasks."))
-    return f'<h3>Trajectories</h3><div class="figures wide">{"".join(found)}</div>' if found else ""
+        elif svg:
+            left_out.append(f"{learner.label} ({file})")
+    rest = f"<p>Not shown, to keep the page small: {text(', '.join(left_out))}.</p>" if left_out else ""
+    return f'<h3>Trajectories</h3><div class="figures wide">{"".join(found)}</div>{rest}' if found or rest else ""
 
 
 def _cost(groups: list[Group]) -> str:
@@ -314,7 +317,7 @@ def _is_number(x: str) -> bool:
 
 
 def _figure(figure: Any, name: str, caption: str) -> str:
-    return _image(figures.svg(figure), name, caption)
+    return _image(_coarse(figures.svg(figure)), name, caption)
 
 
 def _image(svg: str, name: str, caption: str) -> str:
@@ -325,8 +328,8 @@ def _image(svg: str, name: str, caption: str) -> str:
 
 
 def _coarse(svg: str) -> str:
-    """Paths to a tenth of a point: half the size."""
-    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
+    """Paths to a tenth of a point, and no line breaks: two thirds of the size."""
+    return re.sub(r"\s+", " ", re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg))
 
 
 def _short(value: Any) -> str:
