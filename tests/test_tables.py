@@ -512,3 +512,10 @@ def test_completion() -> None:
     assert completed("reproduce", "rl2_bandits", "budget=") == [f"budget={name} " for name in sorted(BUDGETS)]
     assert completed("table", "rl2_bandits", "--format", "") == sorted(f"{form} " for form in view.FORMATS)
     assert "grid_nav " in completed("report", "grid")
+
+
+def test_how_far_a_running_command_is(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert reproduce._iteration(metrics) is None
+    metrics.write_text("".join(json.dumps({"iteration": i, "x": "." * 500}) + "\n" for i in range(99)) + '{"iterat')
+    assert reproduce._iteration(metrics) == 98

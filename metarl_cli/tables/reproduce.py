@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from metarl_cli.core.errors import MetarlError
-from metarl_cli.logs import MetricsFile, clock, live, say
+from metarl_cli.logs import clock, live, say
 from metarl_cli.runner import SCHEMA_VERSION
 from metarl_cli.tables import records
 from metarl_cli.tables.table import BUDGETS, Budget, Cell, Lines, Table, load, select
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 
 
 class Stopped(MetarlError):
@@ -80,12 +80,13 @@ def reproduce(
     chosen = select(table, words)
     left_out = [cell for cell in chosen if table.command(cell, budget, seeds) is None]
     waiting = [job for job in todo if job.wanted]
+    shown_by = f"metarl table {name}" + ("" if folder == records.OWN else f" --records {folder}")
     cells = sum(len(job.cells) for job in waiting)
     say(f"{name}, budget={budget}: {len(waiting)} of {len(todo)} commands to run, for {cells} cells", console)
     if left_out:
         say(f"not in this budget: {', '.join(map(str, left_out))}", console)
     if not waiting:
-        say(f"Everything is recorded in {folder / name}. metarl table {name} prints it.", console)
+        say(f"Everything is recorded in {folder / name}. {shown_by} prints it.", console)
         return
     watch = Watch(waiting, records.read(records.RECORDED, name), console)
     failures: list[str] = []
@@ -106,7 +107,7 @@ def reproduce(
                 failures.append(str(job))
     if failures:
         raise Failed(f"{len(failures)} of {len(waiting)} commands failed: {', '.join(failures)}. The others are recorded.")
-    say(f"Recorded in {folder / name}. metarl table {name} prints it.", console)
+    say(f"Recorded in {folder / name}. {shown_by} prints it.", console)
 
 
 def smoke_folder(budget: Budget) -> Path:
@@ -236,8 +237,8 @@ class Watch:
     def update(self, run: Path) -> None:
         if self.status is None:
             return
-        done = [row["iteration"] for row in MetricsFile(run).read()[-1:]] if run.exists() else []
-        at = f"iteration {done[0]}, " if done else ""
+        done = _iteration(run / "metrics.jsonl")
+        at = "" if done is None else f"iteration {done}, "
         self.status.update(f"{at}{clock(time.monotonic() - self.since)} so far, {self.left()}")
 
     def end(self, problem: str | None) -> None:
@@ -263,6 +264,19 @@ class Watch:
         )  # on the present one; it may take longer than was guessed, but not less than nothing
         known = [guess for guess in guesses if guess is not None]
         return f"about {clock(max(0.0, known[0] - spent) + sum(known[1:]))} left"
+
+
+def _iteration(metrics: Path) -> int | None:
+    """Of the last complete line; the file may be long."""
+    if not metrics.exists():
+        return None
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 10_000))
+        lines = file.read().split(b"\n")[:-1]
+    try:
+        return json.loads(lines[-1])["iteration"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextlib.contextmanager
