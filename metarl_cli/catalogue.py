@@ -45,7 +45,14 @@ def groups(config_dir: Path | None = None) -> Groups:
                 raise ConfigError("--config-dir", file, "metarl has a config of that name", hint="Rename the file.")
             group[file.stem] = file
     del found["."]  # the commands' own files
+    found.pop("table", None)  # no part of a run's config
     return {group: found[group] for group in sorted(found)}
+
+
+def tables(config_dir: Path | None = None) -> dict[str, Path]:
+    """The paper tables by name; those of the user's own directory are added to ours."""
+    roots = [root for root in (configs(), config_dir) if root is not None]
+    return {file.stem: file for root in roots for file in sorted((root / "table").glob("*.yaml"))}
 
 
 def trained(algos: dict[str, Path]) -> dict[str, Path]:

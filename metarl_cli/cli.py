@@ -24,6 +24,9 @@ usage: metarl COMMAND ...
   resume RUN [OVERRIDES]   continue an interrupted run, or extend a finished one
   diagnose estimators RUN  how well each estimator of the inner gradient does at a run's parameters
   show env=NAME            draw a few tasks of a family, and what can be reached there
+  table [NAME]             a paper's table: published, ours, the optimum, a verdict
+  reproduce NAME           run what is missing of a paper's table
+  report RUN ... -o FILE   one HTML page about runs, a sweep or a table
   list [KIND]              what there is: algos, envs, memories
   completion bash|zsh      print the completion script for the shell
 
@@ -154,6 +157,56 @@ make a task are distributed. Writes SVG and PNG.
   --config-dir DIR         your own YAML files as well
 
 example: metarl show env=cartpole eval.split=ood
+"""
+
+_TABLE = """\
+usage: metarl table [NAME] [cells=A,B] [--format FORMAT] [--records DIR] [--config-dir DIR]
+
+Prints a paper's table: published, ours, the best possible, the difference and a
+verdict, with the commands that made ours. Without a name: which tables there are.
+Ours are your own runs if there are any (runs/tables/NAME), else those that were
+recorded with metarl.
+
+  cells=n10k5,ucb1         rows, columns or single cells (n10k5.ucb1)
+  --format FORMAT          text (the default), markdown, latex, csv or json
+  --records DIR            other records than these
+  --config-dir DIR         your own YAML files as well (DIR/table/mine.yaml)
+
+example: metarl table rl2_bandits cells=rl2 --format markdown
+"""
+
+_REPRODUCE = """\
+usage: metarl reproduce NAME [cells=A,B] [budget=BUDGET] [seeds=N] [--records DIR] [--config-dir DIR]
+
+Trains and evaluates what is missing of a paper's table, each command in a process
+of its own, and records every finished cell in runs/tables/NAME. Stop it whenever
+you like: the same command goes on from there, and what is finished never runs
+again.
+
+  cells=n10k5,ucb1         rows, columns or single cells (n10k5.ucb1); default: all
+  budget=cpu               smoke: does it run at all, seconds per cell; kept apart
+                           cpu: for two cores, at most 20 minutes per command
+                           gpu: for one large GPU
+                           full: the paper's own settings
+  seeds=5                  of learners that are trained
+  --records DIR            where the records go
+  --config-dir DIR         your own YAML files as well
+
+example: metarl reproduce wang_bandits cells=easy budget=cpu
+"""
+
+_REPORT = """\
+usage: metarl report RUN|SWEEP|TABLE ... [-o FILE] [--config-dir DIR]
+
+Writes one HTML page that needs nothing else: what was run, results and learning
+curves, adaptation and regret of all learners over the same experience, who is
+likely better, cost and provenance. A sweep is a directory of runs; a table brings
+its verdicts and the runs behind them.
+
+  -o, --output FILE        default: report.html
+  --config-dir DIR         your own tables as well
+
+example: metarl report runs/sweeps/2031-05-01_12-00-00 -o report.html
 """
 
 _COMPLETION = """\
@@ -393,6 +446,72 @@ def _show(words: list[str]) -> int:
     return 0
 
 
+def _table(words: list[str]) -> int:
+    options, words = _options("table", words, {"--format": True, "--records": True, "--config-dir": True})
+    if "--help" in options:
+        print(_TABLE, end="")
+        return 0
+    names, given = _names_and_settings("table", words, ("cells",))
+    config_dir = _path(options, "--config-dir")
+    if not names:
+        from metarl_cli import catalogue
+
+        files = catalogue.tables(config_dir)
+        for name, file in files.items():
+            print(f"{name:<{2 + max(map(len, files))}}{catalogue.headline(file)}")
+        return 0
+    from metarl_cli.tables import table, view
+
+    form = options.get("--format", "text")
+    if form not in view.FORMATS:
+        raise MetarlError(
+            f"--format={form}: there is no such format: {', '.join(view.FORMATS)}.{_nearest(form, view.FORMATS)}"
+        )
+    for name in names:
+        found = table.load(name, config_dir)
+        chosen = table.select(found, _comma_separated(given.get("cells", "")))
+        print(view.FORMATS[form](view.view(name, found, chosen, _path(options, "--records"))), end="")
+    return 0
+
+
+def _reproduce(words: list[str]) -> int:
+    options, words = _options("reproduce", words, {"--records": True, "--config-dir": True})
+    if "--help" in options:
+        print(_REPRODUCE, end="")
+        return 0
+    names, given = _names_and_settings("reproduce", words, ("cells", "budget", "seeds"))
+    if len(names) != 1:
+        raise MetarlError("reproduce: name one table; metarl table prints which there are.")
+    from metarl_cli.core.errors import ConfigError
+    from metarl_cli.tables.reproduce import reproduce
+    from metarl_cli.tables.table import BUDGETS
+
+    budget, seeds = given.get("budget", "cpu"), given.get("seeds")
+    if budget not in BUDGETS:
+        raise ConfigError("budget", budget, "there is no such budget", allowed=BUDGETS)
+    if seeds is not None and not (seeds.isascii() and seeds.isdigit() and int(seeds) > 0):
+        raise ConfigError("seeds", seeds, "must be an integer >= 1")
+    cells = _comma_separated(given.get("cells", ""))
+    records, config_dir = _path(options, "--records"), _path(options, "--config-dir")
+    reproduce(names[0], cells, budget, None if seeds is None else int(seeds), config_dir, records)
+    return 0
+
+
+def _report_page(words: list[str]) -> int:
+    options, names = _options("report", words, {"--output": True, "--config-dir": True})
+    if "--help" in options:
+        print(_REPORT, end="")
+        return 0
+    if not names:
+        raise MetarlError("report: of what? metarl report RUN ... -o report.html; a run, a directory of runs, or a table.")
+    from metarl_cli.tables import pages
+
+    output = Path(options.get("--output", "report.html")).expanduser()
+    pages.write(names, output, _path(options, "--config-dir"))
+    print(output)
+    return 0
+
+
 def _completion(words: list[str]) -> int:
     options, shells = _options("completion", words, {})
     if "--help" in options:
@@ -413,6 +532,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": _resume,
     "diagnose": _diagnose,
     "show": _show,
+    "table": _table,
+    "reproduce": _reproduce,
+    "report": _report_page,
     "list": _list,
     "completion": _completion,
 }
@@ -445,6 +567,24 @@ def _options(command: str, words: list[str], takes_value: dict[str, bool]) -> tu
             raise MetarlError(f"{word}: this option takes {'a' if takes_value[name] else 'no'} value.")
         found[name] = value
     return found, others
+
+
+def _names_and_settings(command: str, words: list[str], keys: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Words without `=`, and the values of a few keys."""
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    for key in settings:
+        if key not in keys:
+            hint = _nearest(key, keys)
+            raise MetarlError(f"{key}={settings[key]}: metarl {command} has no such key: {', '.join(keys)}.{hint}")
+    return [word for word in words if "=" not in word], settings
+
+
+def _comma_separated(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _path(options: dict[str, str], name: str) -> Path | None:
+    return Path(options[name]).expanduser() if name in options else None
 
 
 def _run_and_overrides(command: str, words: list[str]) -> tuple[Path, list[str]]:

@@ -45,6 +45,8 @@ def candidates(words: list[str], commands: Iterable[str]) -> list[str]:
         found = [f"{name} " for name in (*commands, "--help", "--version")]
     elif before[0] in ("train", "show") or (before[0] == "eval" and _overrides_only(before[1:], word)):
         found = _train(before, word)
+    elif before[0] in ("table", "reproduce", "report"):
+        found = _table(before[0], before[1:], word)
     elif before[0] in ("eval", "resume"):
         found = _run(before, word)
     else:
@@ -84,6 +86,23 @@ def _train(before: list[str], word: str) -> list[str]:
         known = {"env": known["env"]}
         keys = [key for key in keys if key.split(".")[0] in ("env", "eval", "device", "plugins")]
     return [f"{name}=" for name in known] + _steps(keys, word)
+
+
+def _table(command: str, before: list[str], word: str) -> list[str]:
+    """`metarl table ...`, `metarl reproduce ...` and `metarl report ...`."""
+    if before and before[-1] in ("--config-dir", "--records"):
+        return _directories(word)
+    names = [f"{name} " for name in catalogue.tables()]
+    if command == "report":
+        return [*names, *_directories(word or ("runs/" if Path("runs").is_dir() else ""))]
+    if before and before[-1] == "--format":
+        return ["text ", "markdown ", "latex ", "csv ", "json "]
+    if word.startswith("-"):
+        return ["--help ", "--config-dir ", "--records ", *(["--format "] if command == "table" else [])]
+    if command == "reproduce" and word.startswith("budget="):
+        return [f"budget={name} " for name in ("smoke", "cpu", "gpu", "full")]
+    keys = ["cells=", *(["budget=", "seeds="] if command == "reproduce" else [])]
+    return keys if before else names
 
 
 def _run(before: list[str], word: str) -> list[str]:

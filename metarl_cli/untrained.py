@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -56,14 +57,15 @@ def evaluate(composed: Composed[EvalConfig]) -> Path:
     run = make_directory(composed)
     configs.save(composed, run)
     seeds = seed_list(config)
-    tuned = None
+    tuned, candidate_returns = None, {}
     if learners:
-        result, tuned = tune(config.tune, learners, family, config.eval, seeds)
+        result, tuned, every = tune(config.tune, learners, family, config.eval, seeds)
+        candidate_returns = {"candidates": every}
         print_tuning(tuned, console)
     else:
         result = live(learner, family, config.eval, seeds)
     split = config.eval.split
-    write_arrays(run / "evaluation.npz", result.arrays() | {"seeds": seeds})
+    write_arrays(run / "evaluation.npz", result.arrays() | candidate_returns | {"seeds": seeds})
     summary = result.summary() | optimality.compare(result, family, config.eval)
     head = {
         "schema_version": SCHEMA_VERSION,
@@ -131,8 +133,9 @@ def tune(
     family: TaskFamily,
     reported: EvalSettings,
     seeds: list[int],
-) -> tuple[Evaluation, dict[str, Any]]:
-    """The evaluation of the best candidate on the reported tasks, and what `result.json` holds under `tune`.
+) -> tuple[Evaluation, dict[str, Any], np.ndarray]:
+    """The evaluation of the best candidate on the reported tasks, what `result.json` holds under `tune`, and the returns of
+    all candidates `[V, S, N, P]` on the tasks that decided: a shorter trial may have another best.
 
     A parameter that is traced, as all numbers are that shape nothing, costs no other program: all run under the first one's.
     """
@@ -143,7 +146,7 @@ def tune(
     result = results[best] if chosen_on is reported else live(learners[best][1], family, reported, seeds)
     rows = [{"value": value, **summarise(r.trial_return)} for (value, _), r in zip(learners, results, strict=True)]
     chosen = {"key": settings.key, "tasks": settings.tasks, "chosen": learners[best][0], "candidates": rows}
-    return result, chosen
+    return result, chosen, np.stack([r.returns.mean(3) for r in results]).astype(np.float32)
 
 
 def other_tasks(family: TaskFamily, reported: EvalSettings) -> EvalSettings:

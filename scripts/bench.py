@@ -9,6 +9,7 @@ Prints, with device and versions, for each run:
 
 Ratios are of medians taken in turn in one process; absolute figures drift from machine to machine, so the speed of one
 float32 product of 2000x64 by 64x64 stands beside them. `--cold-start` times whole processes from an empty cache instead.
+Overrides (`algo=maml env=point_nav algo.outer=trpo algo.task_batch=0`) measure that run instead of the usual ones.
 """
 
 from __future__ import annotations
@@ -264,7 +265,8 @@ def main() -> None:
     print("versions:", {name: about["versions"][name] for name in ("python", "metarl", "jax", "jaxlib", "gymnax")})
     print("revision:", about["git_revision"])
     print(f"one float32 product of 2000x64 by 64x64: {product_speed():.0f} GFLOP/s")
-    for name, overrides in RUNS.items():
+    runs = {" ".join(overrides): overrides} if overrides else RUNS
+    for name, overrides in runs.items():
         if arguments.only not in (None, name):
             continue
         with tempfile.TemporaryDirectory() as cache:

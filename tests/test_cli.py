@@ -308,7 +308,8 @@ def test_completion_of_commands_choices_and_keys(capsys: pytest.CaptureFixture[s
     assert complete("nonsense ", capsys) == []
 
 
-MAIN_WORDS = ("train", "eval", "resume", "show", "list", "completion", "--help", "--version")
+COMMANDS = ("train", "eval", "resume", "show", "table", "reproduce", "report", "list", "completion")
+MAIN_WORDS = (*COMMANDS, "--help", "--version")
 
 
 def test_completion_of_runs(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

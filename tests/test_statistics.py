@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metarl_cli.core.statistics import bootstrap, iqm, summarise, summarise_curve
+from metarl_cli.core.statistics import (
+    bootstrap,
+    iqm,
+    performance_profile,
+    probability_of_improvement,
+    summarise,
+    summarise_curve,
+    welch,
+)
 
 
 def crossed(rng: np.random.Generator, seeds: int, tasks: int, seed_sd: float, task_sd: float, noise: float):
@@ -26,6 +34,57 @@ def test_iqm_is_the_trimmed_mean(n: int):
 def test_iqm_by_hand():
     # Of eight values the two lowest and the two highest go: (3 + 4 + 5 + 6) / 4.
     assert iqm(np.array([1000, 4, 3, -50, 6, 5, 7, 2])) == 4.5
+
+
+def test_the_published_example():
+    """google-research/rliable, tests/rliable/metrics_test.py: scores [runs, tasks], two of whose metrics are ours."""
+    x, y = np.array([[1, 2], [2, 2], [1, 1], [2, 1]]), np.array([[1, 1], [2, 2], [3, 3]])
+    assert (iqm(x.ravel()), iqm(y.ravel())) == (1.5, 2)
+    assert probability_of_improvement(x, y)[0] == pytest.approx(1 / 3)
+
+
+def test_probability_of_improvement_is_mann_whitney_per_task():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 6, (5, 40)), rng.integers(0, 5, (4, 40))  # ties among them
+    u = [scipy.stats.mannwhitneyu(x[:, n], y[:, n]).statistic / 20 for n in range(40)]
+    p, low, high = probability_of_improvement(x, y)
+    assert p == pytest.approx(np.mean(u)) and low < p < high
+    q, below, above = probability_of_improvement(y, x)
+    assert (p + q, low + above, high + below) == pytest.approx((1, 1, 1), abs=0.01)
+    # With one seed each, only the tasks are drawn: the bootstrap of a mean.
+    p, low, high = probability_of_improvement(x[:1], y[:1])
+    alone = bootstrap(0.5 * (1 + np.sign(x[:1] - y[:1])), n=20_000)
+    assert (low, high) == pytest.approx(alone, abs=0.02)
+
+
+def test_probability_of_improvement_in_parts(monkeypatch: pytest.MonkeyPatch):
+    x, y = (crossed(np.random.default_rng(i), 3, 50, 1.0, 1.0, 1.0) for i in (0, 1))
+    at_once = probability_of_improvement(x, y, n=4000)
+    monkeypatch.setattr("metarl_cli.core.statistics._CHUNK", 700)
+    assert probability_of_improvement(x, y, n=4000) == pytest.approx(at_once, abs=0.02)
+
+
+def test_performance_profile():
+    """The survival function; its interval is that of a mean of zeros and ones."""
+    x = np.random.default_rng(0).normal(size=(1, 2000))
+    thresholds = np.array([-9.0, -1.0, 0.0, 1.0, 9.0])
+    share, low, high = performance_profile(x, thresholds)
+    np.testing.assert_allclose(share, scipy.stats.norm.sf(thresholds), atol=0.03)
+    error = np.sqrt(share * (1 - share) / x.size)
+    np.testing.assert_allclose([low, high], [share - 1.96 * error, share + 1.96 * error], atol=0.004)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.5, 3.0), (-0.4, 0.2)])
+def test_welch(shift: float, scale: float):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=30) + shift, scale * rng.normal(size=12)
+    theirs = scipy.stats.ttest_ind(x, y, equal_var=False, alternative="greater").pvalue
+    samples = [(float(v.mean()), float(v.std(ddof=1)), v.size) for v in (x, y)]
+    assert welch(samples[0], samples[1]) == pytest.approx(theirs)
+
+
+def test_welch_of_numbers_without_spread():
+    assert (welch((2.0, 0.0, 5), (1.0, 0.0, 5)), welch((1.0, 0.0, 5), (1.0, 0.0, 5))) == (0.0, 1.0)
 
 
 def test_one_seed_is_the_normal_interval_of_the_mean():

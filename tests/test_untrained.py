@@ -96,6 +96,9 @@ def test_tuning(where: str, capsys: pytest.CaptureFixture[str]) -> None:
     reported = result(Path("tuned"))["evaluation"]["test"]["trial_return"]
     assert reported == result(Path("alone"))["evaluation"]["test"]["trial_return"]
     assert (reported["mean"] == max(means)) == (where == "reported")
+    with np.load("tuned/evaluation.npz") as arrays:  # a shorter trial may have another best: all of them are kept
+        assert arrays["candidates"].shape == (3, 1, 400, 6)
+        np.testing.assert_allclose(arrays["candidates"].sum(3).mean((1, 2)), means)
 
 
 def test_all_candidates_run_under_one_program() -> None:

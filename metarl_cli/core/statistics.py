@@ -1,4 +1,4 @@
-"""Means, interquartile means and bootstrap intervals over seeds and tasks. Numpy only.
+"""Means, interquartile means, bootstrap intervals and comparisons over seeds and tasks. Numpy only, but for one p-value.
 
 All learners of a comparison, hence all seeds, meet the same tasks: a table of results `[S, N]` is crossed, not nested.
 The bootstrap therefore draws seeds and tasks with replacement, and a drawn task brings all of its seeds (Owen 2007's
@@ -106,6 +106,64 @@ def summarise_curve(values: Array) -> list[dict[str, Any]]:
         }
         for p in range(points)
     ]
+
+
+def probability_of_improvement(
+    x: Array, y: Array, n: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """How often a seed of X beats a seed of Y on the same task, ties counted half, averaged over the tasks.
+
+    Agarwal et al. 2021, section 4.3; the bootstrap draws seeds of X, seeds of Y and tasks, as everywhere in this module.
+
+    Args:
+        x, y: `[S, N]`, `[S', N]`; higher is better.
+
+    Returns:
+        The probability and its interval `(p, low, high)`.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    (seeds, tasks), others = x.shape, len(y)
+    wins = 0.5 * (1 + np.sign(x[:, None] - y[None])).reshape(-1, tasks)  # [S * S', N]
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // tasks)
+    results = []
+    for start in range(0, n, chunk):
+        size = min(chunk, n - start)
+        of_x, of_y, of_tasks = (_counts(rng.integers(k, size=(size, k)), k) / k for k in (seeds, others, tasks))
+        drawn = (of_tasks @ wins.T).reshape(size, seeds, others)
+        results.append(np.einsum("rx,ry,rxy->r", of_x, of_y, drawn))
+    low, high = np.quantile(np.concatenate(results), ((1 - level) / 2, (1 + level) / 2))
+    return float(wins.mean()), float(low), float(high)
+
+
+def performance_profile(values: Array, thresholds: Array) -> tuple[Array, Array, Array]:
+    """The share of all seeds and tasks that end above each threshold (Agarwal et al. 2021, section 4.3).
+
+    Args:
+        values: `[S, N]`.
+        thresholds: `[M]`.
+
+    Returns:
+        The share and its 95 % interval, each `[M]`.
+    """
+    above = np.asarray(values)[:, :, None] > np.asarray(thresholds)
+    return above.mean((0, 1)), *bootstrap(above)
+
+
+def welch(better: tuple[float, float, int], worse: tuple[float, float, int]) -> float:
+    """One-sided p-value of Welch's t-test: how likely so large a difference is where the first mean is not the larger.
+
+    Args:
+        better, worse: mean, standard deviation (of a sample: divided by n - 1) and size of each.
+    """
+    from scipy.special import stdtr
+
+    (mean, std, n), (other_mean, other_std, m) = better, worse
+    a, b = std**2 / n, other_std**2 / m
+    if a + b == 0:
+        return 0.0 if mean > other_mean else 1.0
+    freedom = (a + b) ** 2 / (a**2 / max(1, n - 1) + b**2 / max(1, m - 1))
+    return float(stdtr(freedom, -(mean - other_mean) / np.sqrt(a + b)))
 
 
 def _means(values: Array, of_seeds: Array, of_tasks: Array) -> Array:

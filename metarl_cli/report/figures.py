@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -29,6 +31,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 CYCLE = (BLUE, "#D55E00", "#009E73", ORANGE, "#CC79A7", "#56B4E9", "#000000")  # `C0`, `C1` ... in `TaskFamily.draw`
 COLUMN, TEXT = 3.4, 7.0  # inches: one column, and the width of a page's text
 _LINES = 200  # points of a learning curve beyond which it is averaged
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("--", ":", "-.", (0, (6, 1)), (0, (1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 
 _STYLE: Any = {
@@ -261,6 +264,90 @@ def estimators(estimates: Sequence[Any]) -> Figure:
         axes.minorticks_off()
     _legend(figure, [left], columns=4)
     return figure
+
+
+# --- of several learners
+
+
+class Curve(NamedTuple):
+    """One learner's line with its band, `[M]` each."""
+
+    label: str
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@_styled
+def curves(
+    lines: Sequence[Curve], xlabel: str, ylabel: str, references: Mapping[str, float] | None = None, log: bool = False
+) -> Figure:
+    """Several learners on one axis; colours, dashes and markers differ together.
+
+    Args:
+        references: name -> value, drawn as horizontal lines.
+        log: whether x is logarithmic beyond its smallest positive value; learners may have gathered very different amounts.
+    """
+    figure = _figure(COLUMN, 2.6)
+    axes = figure.add_subplot()
+    for i, line in enumerate(lines):
+        colour, dash = CYCLE[i % len(CYCLE)], "-" if i < len(CYCLE) else _DASHES[i % len(_DASHES)]
+        marker = _MARKERS[i % len(_MARKERS)] if len(line.x) <= 12 else None
+        label = plain_text(line.label)
+        axes.plot(line.x, line.mean, color=colour, linestyle=dash, marker=marker, markersize=3.5, label=label, zorder=3)
+        if len(line.x) > 1:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0, zorder=1)
+        else:
+            axes.vlines(line.x, line.low, line.high, color=colour, linewidth=1, zorder=2)
+    for (name, value), dashes in zip((references or {}).items(), itertools.cycle(_DASHES)):
+        axes.axhline(value, color=GREY, linewidth=0.9, linestyle=dashes, label=plain_text(name), zorder=1.5)
+    positive = [x for line in lines for x in line.x if x > 0]
+    if log and positive:
+        from matplotlib.ticker import FixedLocator
+
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+        decades = range(math.ceil(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1)
+        axes.xaxis.set_major_locator(FixedLocator([0, *(10.0**k for k in decades)]))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    _legend(figure, [axes], columns=2)
+    return figure
+
+
+@_styled
+def improvements(pairs: Sequence[tuple[str, str, float, float, float]]) -> Figure:
+    """How likely one learner is better than another: dots with 95 % intervals; on the dashed line neither is.
+
+    Args:
+        pairs: X, Y, the probability that X is better, and its interval.
+    """
+    figure = _figure(COLUMN, 0.7 + 0.3 * len(pairs))
+    axes = figure.add_subplot()
+    places = np.arange(len(pairs))[::-1]
+    value, low, high = (np.array([pair[i] for pair in pairs]) for i in (2, 3, 4))
+    axes.axvline(0.5, color=GREY, linewidth=0.9, linestyle="--")
+    axes.hlines(places, low, high, color=BLUE, linewidth=1.4)
+    axes.plot(value, places, "o", color=BLUE, markersize=4)
+    axes.set_yticks(places, [f"{plain_text(x, 24)}\n> {plain_text(y, 24)}" for x, y, *_ in pairs])
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(pairs) - 0.4), xlabel="probability that the first is better on a task")
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    return figure
+
+
+def plain_text(label: str, width: int = 44) -> str:
+    """A label as it is: no mathematics between dollars, no hiding behind an underscore, no line breaks, not too long."""
+    text = "".join(x if x.isprintable() else " " for x in label)
+    text = text if len(text) <= width else f"{text[: width - 1]}…"
+    return f" {text}".replace("$", "\\$") if text.startswith("_") else text.replace("$", "\\$")
+
+
+@_styled
+def svg(figure: Figure) -> str:
+    """The figure as it stands in a page; the same figure is the same text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 # --- parts

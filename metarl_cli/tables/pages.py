@@ -1,0 +1,55 @@
+"""`metarl report`: what the words name, a run, a directory of runs or a table, as one page."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from metarl_cli import catalogue
+from metarl_cli.core.errors import MetarlError, RunError
+from metarl_cli.report import page, runs
+from metarl_cli.report.runs import Run
+from metarl_cli.runner import now
+from metarl_cli.tables import records, view
+from metarl_cli.tables.table import load
+
+
+def write(words: list[str], output: Path, config_dir: Path | None = None) -> None:
+    """Writes the page.
+
+    Raises:
+        RunError: a word names nothing, or the page cannot be written.
+    """
+    found: dict[Path, Run] = {}
+    tables, known = [], catalogue.tables(config_dir)
+    for word in words:
+        path = Path(word).expanduser()
+        if word in known and not path.exists():
+            table = load(word, config_dir)
+            shown = view.view(word, table, table.cells(), None)
+            tables.append(_table(shown))
+            behind = records.OWN / word / "runs"
+            some = runs.find(behind) if shown.origin != view.RECORDED and behind.is_dir() else []
+        elif path.exists():
+            some = runs.find(path)
+        else:
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise RunError(f"{word}: there is no such run, directory of runs or table.{hint} Tables: {', '.join(known)}.")
+        found |= {run.path.resolve(): run for run in some}
+    try:
+        page.write(output, ", ".join(words), list(found.values()), tables, now())
+    except OSError as error:
+        raise MetarlError(f"{output} cannot be written: {error.strerror}. Take another file with -o.") from error
+
+
+def _table(shown: view.View) -> page.Table:
+    rows: list[list[page.Cell]] = []
+    for line in shown.lines:
+        row: list[page.Cell] = list(view.cells(shown, line))
+        if line.bold:
+            row[3] = (view.cells(shown, line)[3], "strong")
+        row[-1] = (line.verdict, line.verdict.replace(" ", "-"))
+        rows.append(row)
+    title = f"{shown.table.title}: {shown.table.quantity}"
+    return page.Table(title, view.header(shown), rows, view.explanation(shown))
