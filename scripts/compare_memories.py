@@ -5,9 +5,9 @@
     .venv/bin/python scripts/compare_memories.py --only-table        of what there is
 
 A cell is one `metarl train` of three seeds side by side in a process of its own, stopped after its time, compilation
-included. What is compared is the trial return in training, which is on tasks never seen before: the mean of the last tenth of the
-meta-iterations up to the point of comparison. That point is the budget in seconds, and for equal steps the number of steps
-that the slowest memory reached within it. A cell that is done is a small JSON file and is not run again; one that was
+included. What is compared is the trial return in training, which is on tasks never seen before: the mean of the last tenth
+of the meta-iterations up to the point of comparison. That point is the budget in seconds, and for equal steps the number of
+steps that the slowest memory reached within it. A cell that is done is a small JSON file and is not run again; one that was
 interrupted goes on. `t_maze_N` is a corridor of N steps: which memory holds how long.
 """
 
