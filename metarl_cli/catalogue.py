@@ -11,7 +11,12 @@ from metarl_cli.core.errors import ConfigError, MetarlError
 
 Groups = dict[str, dict[str, Path]]  # {"algo": {"maml": .../algo/maml.yaml}, "algo/memory": ...}
 
-KINDS = {"algos": "algo", "envs": "env", "memories": "algo/memory", "experiments": "experiment"}  # what `metarl list` calls the groups
+KINDS = {
+    "algos": "algo",
+    "envs": "env",
+    "memories": "algo/memory",
+    "experiments": "experiment",
+}  # what `metarl list` calls the groups
 _NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model", "experiment": "experiment"}
 
 
@@ -83,7 +88,7 @@ def defaults(chosen: dict[str, str], config_dir: Path | None = None, command: st
 
 
 def overridden(experiment: Path) -> dict[str, str]:
-    """What an experiment chooses in other groups, `{"algo": "rl2"}`: the lines `override /algo: rl2` of its defaults list."""
+    """What an experiment chooses in other groups, `{"algo": "rl2"}`: lines such as `override /algo: rl2` of its defaults."""
     import yaml
 
     below = (yaml.safe_load(experiment.read_text(encoding="utf-8")) or {}).get("defaults", [])

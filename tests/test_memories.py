@@ -171,8 +171,9 @@ def test_every_parameter_of_a_memory_matters(memory):
     def slope(params):
         return jnp.sum(jax.vmap(lambda x: memory.sequence(params, carry, x, reset_at([]))[1] ** 2)(x))
 
+    dead = 0.5 if isinstance(memory, Transformer) or getattr(memory, "activation", None) == "relu" else 0  # of ReLUs
     for path, g in jax.tree.leaves_with_path(slope(params)):
-        assert np.all(np.asarray(g) != 0), jax.tree_util.keystr(path)
+        assert np.mean(np.asarray(g) == 0) <= dead, jax.tree_util.keystr(path)
 
 
 # --- building blocks
@@ -349,7 +350,8 @@ def test_s5_starts_as_hippo():
     memory = S5(3, 1, 4)
     params = memory.init_recurrence(jax.random.key(0))
     np.testing.assert_allclose(-np.exp(params["decay"]) + 1j * params["frequency"], eigenvalues, rtol=1e-9)
-    delta = np.exp(S5(2, 1, 1000).init_recurrence(jax.random.key(0))["delta"])
+    keys = jax.random.split(jax.random.key(0), 250)
+    delta = np.exp(jax.vmap(memory.init_recurrence)(keys)["delta"])
     assert 0.001 <= delta.min() < 0.0011 and 0.09 < delta.max() <= 0.1 and np.median(delta) == pytest.approx(0.01, rel=0.15)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -400,7 +401,11 @@ class RecurrentActorCritic:
         def segments(params):
             if unroll is None:
                 return remember(params, self.memory.init_carry(), x)[1]
-            segment = jax.checkpoint(lambda carry, x: remember(params, jax.lax.stop_gradient(carry), x))
+
+            @partial(jax.checkpoint, prevent_cse=False)  # not needed inside a scan
+            def segment(carry, x):
+                return remember(params, jax.lax.stop_gradient(carry), x)
+
             _, features = jax.lax.scan(segment, self.memory.init_carry(), x.reshape(-1, unroll, x.shape[-1]))
             return features.reshape(x.shape[0], -1)
 
