@@ -22,6 +22,7 @@ from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.memory import Memory
 from metarl_cli.core.networks import RecurrentActorCritic
 from metarl_cli.core.returns import Normaliser, RunningStats
+from metarl_cli.core.rollout import first_input
 from metarl_cli.core.types import Batch
 
 TINY: dict[str, Any] = {"memory__features": 4, "meta_batch": 6, "minibatches": 2, "epochs": 2, "gamma": 0.9, "lam": 0.7}
@@ -214,6 +215,12 @@ def test_trial_is_a_point_per_episode():
     assert trial.returns.shape == trial.steps.shape == (5, 1) and trial.regret is None
     length = min(int(task.length), family.horizon)
     np.testing.assert_array_equal(trial.steps, length)
+    greedy = learner.plan(family, eval_settings(greedy="true"))
+    alike = jax.jit(lambda key: learner.trial(state, key, family, task, greedy))(jax.random.key(2)).batch
+    assert np.any(alike.action != trial.batch.action[:3])
+    first = learner.network.inputs(alike.observation[0, 0, 0], first_input(learner.network.spec), jnp.zeros((), int))
+    mode = learner.network.step(state.params, learner.network.init_carry(), first)[1].mode()
+    np.testing.assert_allclose(alike.action[0, 0, 0], mode, rtol=1e-5)
     # The same trial as `live` says, cut into episodes.
     expected = np.asarray(batch.reward)[: 5 * length].reshape(5, length).sum(1)
     np.testing.assert_allclose(trial.returns[:, 0], expected, rtol=1e-5)

@@ -96,23 +96,23 @@ class RL2(MetaLearner):
 
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """A point per episode."""
-        return Plan(points=settings.episodes or self.episodes, episodes=1)
+        return Plan(points=settings.episodes or self.episodes, episodes=1, greedy=settings.greedy)
 
-    def live(self, state: RL2State, key: Key, family: TaskFamily, task: Any, episodes: int) -> Batch:
+    def live(self, state: RL2State, key: Key, family: TaskFamily, task: Any, episodes: int, greedy: bool = False) -> Batch:
         """One trial `[E * T]`; `extra` is the log-probability and the value."""
 
         def act(carry, observation, previous, key):
             time, memory = carry
             x = self.network.inputs(state.normaliser.observe(observation), previous, time)
             memory, policy, value = self.network.step(state.params, memory, x)
-            action = policy.sample(key)
+            action = policy.mode() if greedy else policy.sample(key)
             return (time + 1, memory), action, (policy.log_prob(action), value)
 
         carry = jnp.zeros((), int), self.network.init_carry()
         return rollout(key, family, task, act, carry, self.network.spec, episodes)[1]
 
     def trial(self, state: RL2State, key: Key, family: TaskFamily, task: Any, plan: Plan) -> Trial:
-        batch = by_episode(self.live(state, key, family, task, plan.points), plan.points, family.horizon)
+        batch = by_episode(self.live(state, key, family, task, plan.points, plan.greedy), plan.points, family.horizon)
         batch = jax.tree.map(lambda x: x[:, None], batch)  # K = 1
         regret = None if batch.regret is None else jnp.sum(jnp.where(batch.valid, batch.regret, 0), -1)
         return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
