@@ -449,4 +449,4 @@ def test_an_experiment_wins_over_what_is_tuned(tmp_path: Path) -> None:
     composed = config.compose(["experiment=mine"], tmp_path)
     assert (composed.algo, composed.env, composed.config.algo.gamma) == ("rl2", "grid_nav", 0.5)
     tuned = config.compose(["algo=rl2", "env=grid_nav"])
-    assert composed.config.algo.lam == tuned.config.algo.lam != config.compose(["algo=rl2"]).config.algo.lam
+    assert composed.config.algo.lam == tuned.config.algo.lam != config.compose(["algo=rl2", "env=two_step"]).config.algo.lam
