@@ -11,8 +11,13 @@ from metarl_cli.core.errors import ConfigError, MetarlError
 
 Groups = dict[str, dict[str, Path]]  # {"algo": {"maml": .../algo/maml.yaml}, "algo/memory": ...}
 
-KINDS = {"algos": "algo", "envs": "env", "memories": "algo/memory"}  # what `metarl list` calls the groups
-_NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model"}
+KINDS = {
+    "algos": "algo",
+    "envs": "env",
+    "memories": "algo/memory",
+    "experiments": "experiment",
+}  # what `metarl list` calls the groups
+_NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model", "experiment": "experiment"}
 
 
 def noun(group: str) -> str:
@@ -83,7 +88,23 @@ def defaults(chosen: dict[str, str], config_dir: Path | None = None, command: st
         chosen: group to name, e.g. `{"algo": "rl2"}`, where it differs from the default.
         command: `train`, or `eval` without a run.
     """
-    return dict(keys(configs() / f"{command}.yaml", "", chosen, groups(config_dir)))
+    known = groups(config_dir)
+    if (file := known.get("experiment", {}).get(chosen.get("experiment", ""))) is not None:
+        chosen = overridden(file) | chosen
+    return dict(keys(configs() / f"{command}.yaml", "", chosen, known))
+
+
+def overridden(experiment: Path) -> dict[str, str]:
+    """What an experiment chooses in other groups, `{"algo": "rl2"}`: lines such as `override /algo: rl2` of its defaults."""
+    import yaml
+
+    below = (yaml.safe_load(experiment.read_text(encoding="utf-8")) or {}).get("defaults", [])
+    items = [pair for item in below if isinstance(item, dict) for pair in item.items()]
+    return {
+        name.removeprefix("override ").strip(" /").split("@")[0]: str(choice)
+        for name, choice in items
+        if name.startswith("override ")
+    }
 
 
 def keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Iterator[tuple[str, Any]]:
@@ -102,6 +123,8 @@ def keys(file: Path, group: str, chosen: dict[str, str], known: Groups) -> Itera
     yield from leaves(values, prefix)
     for item in below:
         for name, choice in item.items() if isinstance(item, dict) else ():
+            if name.startswith("override /"):
+                continue  # it adds nothing here: see `overridden`
             path = (PurePosixPath("/") / group / name.removeprefix("override ").split("@")[0].strip()).as_posix()[1:]
             below_file = known.get(path, {}).get(chosen.get(path, str(choice)))
             if below_file is not None:

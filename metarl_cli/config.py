@@ -11,7 +11,7 @@ environment or decode text do not exist while a config is composed and resolved.
 
 `config.yaml` in a run directory is the resolved config with one more key, `choices`, which says what the groups were:
 
-    choices: {algo: maml, env: point_nav}
+    choices: {algo: maml, env: point_nav} # and `experiment`, where there was one
     seed: 0
     ...
 """
@@ -116,6 +116,7 @@ class Composed(NamedTuple, Generic[C]):
     run_dir_given: bool
     algo: str
     env: str
+    experiment: str | None = None
 
 
 class Row(NamedTuple):
@@ -163,7 +164,7 @@ def _compose(command: str, cls: type[C], overrides: Sequence[str], config_dir: P
             config = hydra_compose(command, lines, return_hydra_config=True)
         _check_hydra(config)
         HydraConfig.instance().set_config(config)
-        choices = {group: config.hydra.runtime.choices.get(group) for group in ("algo", "env")}
+        choices = {group: config.hydra.runtime.choices.get(group) for group in ("algo", "env", "experiment")}
         OmegaConf.set_struct(config, False)
         _apply(config, for_us)
         run_dir = Path(_resolve(config, "hydra.run.dir")).expanduser()
@@ -190,6 +191,7 @@ def _compose(command: str, cls: type[C], overrides: Sequence[str], config_dir: P
         run_dir_given=any(override.key_or_group == "hydra.run.dir" for override in for_hydra),
         algo=str(choices["algo"]),
         env=str(choices["env"]),
+        experiment=choices["experiment"],
     )
 
 
@@ -214,7 +216,7 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
         where = f"{file}, line {mark.line + 1}" if mark else str(file)
         raise RunError(f"{where}: cannot be read: {_first_line(error)}. Start the run again.") from None
     choices = recorded.pop("choices", None) if isinstance(recorded, dict) else None
-    if not isinstance(stored, DictConfig) or not isinstance(choices, dict) or choices.keys() != {"algo", "env"}:
+    if not isinstance(stored, DictConfig) or not isinstance(choices, dict) or not {"algo", "env"} <= choices.keys():
         raise RunError(f"{file}: is no config of a metarl run: `choices` with `algo` and `env` is missing.")
     if "tune" in recorded:
         raise RunError(
@@ -249,7 +251,8 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
             config = validate(recorded, choices)
     with suppress(OSError, ValueError):
         overrides = [*(str(line) for line in OmegaConf.load(run / "overrides.yaml")), *overrides]
-    return Composed(config, recorded, list(overrides), run, True, str(choices["algo"]), str(choices["env"]))
+    names = str(choices["algo"]), str(choices["env"]), choices.get("experiment")
+    return Composed(config, recorded, list(overrides), run, True, *names)
 
 
 def diagnosis(overrides: Sequence[str]) -> tuple[DiagnoseConfig, list[str]]:
@@ -297,6 +300,8 @@ def save(composed: Composed, run_dir: Path) -> None:
     import yaml
 
     choices = {"algo": composed.algo, "env": composed.env}
+    if composed.experiment is not None:
+        choices["experiment"] = composed.experiment
     for name, content in (
         ("config.yaml", {"choices": choices, **composed.resolved}),
         ("overrides.yaml", composed.overrides),

@@ -8,8 +8,9 @@ Prints, with device and versions, for each run:
 * the meta-iteration against its floor: all its matrix products alone, of the same shapes, as often, counted in its jaxpr.
 
 Ratios are of medians taken in turn in one process; absolute figures drift from machine to machine, so the speed of one
-float32 product of 2000x64 by 64x64 stands beside them. `--cold-start` times whole processes from an empty cache instead.
-Overrides (`algo=maml env=point_nav algo.outer=trpo algo.task_batch=0`) measure that run instead of the usual ones.
+float32 product of 2000x64 by 64x64 stands beside them. `--cold-start` times whole processes from an empty cache instead,
+`--memories` the memories of RL^2 on bandits with trials of 10, 100 and 500 pulls. Overrides (`algo=maml env=point_nav
+algo.outer=trpo algo.task_batch=0`) measure that run instead of the usual ones.
 """
 
 from __future__ import annotations
@@ -218,6 +219,46 @@ def product_speed() -> float:
     return 2000 * 2 * 2000 * 64 * 64 / statistics.median(times[1:]) / 1e9
 
 
+# --- memories
+
+
+def compare_memories(lengths: list[int], rounds: int) -> None:
+    """Steps per second of sampling and of whole meta-iterations of 12,800 steps or so, one minibatch, one epoch."""
+    import jax
+    import jax.numpy as jnp
+
+    from metarl_cli import catalogue
+
+    print("| memory | parameters |" + "".join(f" n={n}: sampling | meta-iteration | compile |" for n in lengths))
+    print("|---" * (2 + 3 * len(lengths)) + "|")
+    for memory in sorted(catalogue.groups()["algo/memory"]):
+        row, size = [], 0
+        for n in lengths:
+            batch = f"algo.meta_batch={max(16, 12_800 // n)}"
+            once = ["algo.epochs=1", "algo.minibatches=1"]
+            _, learner, family = build(["algo=rl2", "env=bandit", f"env.n={n}", f"algo/memory={memory}", batch, *once])
+            key = jax.random.key(0)
+            state = jax.jit(lambda k, f, learner=learner: learner.init(k, f))(key, family)
+            began = time.perf_counter()
+            functions = [
+                jax.jit(lambda s, k, learner, f: learner.sample(s, k, f)),
+                jax.jit(lambda s, k, learner, f: learner.update(s, k, f, jnp.zeros(()))),
+            ]
+            compiled = [function.lower(state, key, learner, family).compile() for function in functions]
+            seconds = time.perf_counter() - began
+            for function in compiled:
+                times = []
+                for _ in range(rounds + 1):
+                    start = time.perf_counter()
+                    jax.block_until_ready(function(state, key, learner, family))
+                    times.append(time.perf_counter() - start)
+                row.append(f"{learner.meta_batch * n / statistics.median(times[1:]):,.0f}")
+            row.append(f"{seconds:.1f} s")
+            size = sum(x.size for x in jax.tree.leaves(state.params))
+            jax.clear_caches()
+        print(f"| {memory} | {size:,} |" + "".join(f" {cell} |" for cell in row), flush=True)
+
+
 # --- whole processes
 
 
@@ -246,6 +287,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; medians are printed")
     parser.add_argument("--only", choices=RUNS, help="one of the runs")
     parser.add_argument("--cold-start", action="store_true", help="time whole processes from an empty cache")
+    parser.add_argument("--memories", type=int, nargs="*", metavar="N", help="the memories on bandits of N pulls instead")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
     if arguments.compile:
@@ -265,6 +307,9 @@ def main() -> None:
     print("versions:", {name: about["versions"][name] for name in ("python", "metarl", "jax", "jaxlib", "gymnax")})
     print("revision:", about["git_revision"])
     print(f"one float32 product of 2000x64 by 64x64: {product_speed():.0f} GFLOP/s")
+    if arguments.memories is not None:
+        compare_memories(arguments.memories or [10, 100, 500], arguments.rounds)
+        return
     runs = {" ".join(overrides): overrides} if overrides else RUNS
     for name, overrides in runs.items():
         if arguments.only not in (None, name):

@@ -206,6 +206,15 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 0
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
+def random_like(params: Any, scale: float = 0.5) -> Any:
+    """Random numbers in every place, so that none hides behind an initial 0."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(42), len(leaves))
+    return jax.tree.unflatten(
+        structure, [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
 def finite_differences(f: Callable[[jax.Array], jax.Array], x: jax.Array, step: float = 1e-5) -> np.ndarray:
     """The derivative `[n, ...]` of `f` at `x [n]` by central differences, exact to about step^2 + 1e-16 / step = 1e-10."""
     offsets = step * jnp.eye(x.size)

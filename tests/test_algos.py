@@ -30,6 +30,11 @@ SMALL = {
     "units": 3,
 }
 SWITCHES = [(name, {}) for name in TRAINED] + [("maml", {"outer": "trpo"}), ("maml", {"outer": "vpg"})]
+SWITCHES += [
+    ("rl2", {"outer": "a2c", "critic": "separate", "sees_time": "true"}),
+    ("rl2", {"outer": "reinforce", "critic": "none"}),
+    ("rl2", {"policy_sees_state": "true", "hypernetwork": 2}),
+]
 
 
 @cache
@@ -39,7 +44,7 @@ def _learner(name: str, discrete: bool, switches: tuple) -> Any:
     return build(name, walk(discrete), **(small | dict(switches)))
 
 
-@pytest.fixture(params=SWITCHES, ids=lambda p: "-".join([p[0], *p[1].values()]))
+@pytest.fixture(params=SWITCHES, ids=lambda p: "-".join([p[0], *map(str, p[1].values())]))
 def algo(request) -> tuple[str, tuple]:
     return request.param[0], tuple(request.param[1].items())
 

@@ -69,6 +69,7 @@ MISTAKES = [
     ("train env=pointnav", ["env=pointnav: no such task family", "bandit", "Did you mean point_nav?"]),
     ("train algo=rl2 algo/memory=grru", ["algo/memory=grru: no such memory model", "Did you mean gru?"]),
     ("train algo/memory=gru", ["algo/memory=gru: the chosen algorithm takes none"]),
+    ("train experiment=rl2_papr", ["experiment=rl2_papr: no such experiment", "Did you mean rl2_paper?"]),
     ("train algo=[maml,rl2]", ["algo=[maml,rl2]: no such algorithm"]),
     ("train algo=3", ["algo=3: no such algorithm", "rl2"]),
     ("train maml", ["maml: ", "key=value", "Did you mean algo=maml?"]),
@@ -297,13 +298,23 @@ def test_completion_of_commands_choices_and_keys(capsys: pytest.CaptureFixture[s
     assert complete("show algo", capsys) == []
     assert complete("show -", capsys) == ["--config-dir ", "--help ", "--output "]
     assert complete("list f", capsys) == ["fields "]
-    assert complete("train e", capsys) == ["env.", "env=", "eval."]
+    assert complete("train e", capsys) == ["env.", "env=", "eval.", "experiment="]
     assert complete("train env=bandit env.", capsys) == ["env.k=", "env.n="]
-    assert complete("train algo=rl2 algo.memory.", capsys) == ["algo.memory.features="]
+    assert complete("train algo=rl2 algo.memory.f", capsys) == ["algo.memory.features="]
+    assert complete("train algo=rl2 algo/memory=s5 algo.memory.", capsys) == [
+        "algo.memory.features=",
+        "algo.memory.layers=",
+        "algo.memory.state=",
+    ]
+    assert complete("train experiment=wang", capsys) == ["experiment=wang_bandits "]
+    assert complete("train experiment=wang_bandits algo.inner", capsys) == []  # its algorithm is not the default one
+    assert complete("train experiment=wang_bandits algo.memory.a", capsys) == []  # nor its memory that of the algorithm
+    assert complete("train experiment=rl2_paper algo.memory.a", capsys) == ["algo.memory.activation="]
+    assert complete("train experiment=rl2_paper env=grid_nav env.si", capsys) == ["env.size="]
     assert complete("train algo.inner", capsys) == ["algo.inner_lr=", "algo.inner_optimizer=", "algo.inner_steps="]
     assert complete("train algo=from_scratch algo.inner_l", capsys) == ["algo.inner_lr="]  # of the file that it starts from
     assert complete("train algo=rl2 algo.inner", capsys) == []
-    assert complete("list e", capsys) == ["envs "]
+    assert complete("list e", capsys) == ["envs ", "experiments "]
     assert complete("completion ", capsys) == ["bash ", "zsh "]
     assert complete("nonsense ", capsys) == []
 

@@ -429,3 +429,33 @@ def test_the_help_lists_every_key(mine: Path) -> None:
     assert set(rows) == {key for key, _ in catalogue.leaves(composed.resolved)}
     assert rows["algo.inner.depth"] == ("algo.inner.depth", "2", "layers", "an integer >= 1", "how deep")
     assert rows["eval.tasks"].value == "null"
+
+
+# Experiments
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.groups()["experiment"]))
+def test_every_experiment_can_be_run_and_changed(name: str, tmp_path: Path) -> None:
+    composed = config.compose([f"experiment={name}"])
+    config.build(composed.config)
+    assert composed.experiment == name
+    # A choice on the command line and a key there have the last word.
+    changed = config.compose(["algo.meta_batch=7", "env=grid_nav", f"experiment={name}", "algo.minibatches=1"])
+    assert changed.env == "grid_nav" != composed.env and changed.config.algo.meta_batch == 7
+    assert changed.algo == composed.algo
+    # It is recorded, and what is recorded is all that a run needs.
+    config.save(composed, tmp_path)
+    again = config.from_run(tmp_path, [], ())
+    assert again.config == composed.config and again.experiment == name
+    choices = yaml.safe_load((tmp_path / "config.yaml").read_text())["choices"]
+    assert choices == {"algo": composed.algo, "env": composed.env, "experiment": name}
+
+
+def test_an_experiment_wins_over_what_is_tuned(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    lines = ["# @package _global_", "defaults: [{override /algo: rl2}, {override /env: grid_nav}]", "algo: {gamma: 0.5}"]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
+    composed = config.compose(["experiment=mine"], tmp_path)
+    assert (composed.algo, composed.env, composed.config.algo.gamma) == ("rl2", "grid_nav", 0.5)
+    tuned = config.compose(["algo=rl2", "env=grid_nav"])
+    assert composed.config.algo.lam == tuned.config.algo.lam != config.compose(["algo=rl2", "env=two_step"]).config.algo.lam

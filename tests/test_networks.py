@@ -1,42 +1,22 @@
-"""Policies, and every memory of `configs/algo/memory/`: acting and training see the same numbers."""
+"""Policies, and the network of RL^2 around its memory: acting and training see the same numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import assert_close, build, walk
+from probes import assert_close, build, random_like, walk
 
-from metarl_cli import catalogue, config
 from metarl_cli.core.distributions import Categorical, DiagonalGaussian
-from metarl_cli.core.memory import Memory
 from metarl_cli.core.networks import MIN_LOG_STD, Policy, RecurrentActorCritic
 from metarl_cli.core.rollout import Spaces
 from metarl_cli.core.types import Previous
 from metarl_cli.memories.gru import GRU
 
-MEMORIES = sorted(catalogue.groups()["algo/memory"])
-INPUTS, STEPS = 3, 12
-RESETS = {
-    "never": [],
-    "at the start": [0],
-    "twice in a row": [4, 5],
-    "here and there": [2, 7, 11],
-    "always": list(range(STEPS)),
-}
-
-
-def random_like(params: Any, scale: float = 0.5) -> Any:
-    """Random numbers in every place, so that none hides behind an initial 0."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(42), len(leaves))
-    return jax.tree.unflatten(
-        structure, [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
+STEPS = 12
 
 
 # --- feed-forward policies
@@ -91,117 +71,6 @@ def test_precision_holds_for_everything(float64, algo):
     assert {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)} == {jnp.dtype("float64")}
 
 
-# --- memories
-
-
-@pytest.fixture(scope="module", params=MEMORIES)
-def memory(request) -> Memory:
-    settings: Any = config.compose(["algo=rl2", f"algo/memory={request.param}", "algo.memory.features=8"]).config.algo
-    return settings.memory.build()
-
-
-def prepared(memory: Memory) -> tuple[Any, Any, jax.Array]:
-    params = random_like(memory.init(jax.random.key(0), INPUTS))
-    x = jax.random.normal(jax.random.key(1), (STEPS, INPUTS))
-    carry, _ = memory.sequence(params, memory.init_carry(), 3 * x[:5], jnp.zeros(5, bool))  # some past
-    return params, carry, x
-
-
-def steps(memory: Memory, params: Any, carry: Any, x: jax.Array, reset: jax.Array) -> tuple[Any, jax.Array]:
-    features = []
-    for now, forget in zip(x, reset, strict=True):
-        carry, output = memory.step(params, memory.init_carry() if forget else carry, now)
-        features.append(output)
-    return carry, jnp.stack(features)
-
-
-def reset_at(places: list[int]) -> jax.Array:
-    return jnp.zeros(STEPS, bool).at[jnp.array(places, int)].set(True)
-
-
-@pytest.mark.parametrize("resets", RESETS)
-def test_sequence_is_repeated_step(float64, memory, resets):
-    params, carry, x = prepared(memory)
-    reset = reset_at(RESETS[resets])
-    expected = steps(memory, params, carry, x, reset)
-    actual = jax.jit(memory.sequence)(params, carry, x, reset)
-    assert actual[1].shape == (STEPS, memory.features)
-    assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-    # A sequence may be cut in two anywhere.
-    middle, first = memory.sequence(params, carry, x[:5], reset[:5])
-    end, second = memory.sequence(params, middle, x[5:], reset[5:])
-    assert_close((end, jnp.concatenate([first, second])), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_sequence_under_vmap_with_resets_of_each_its_own(float64, memory):
-    params, carry, x = prepared(memory)
-    reset = jnp.stack([reset_at(places) for places in RESETS.values()])
-    xs = jnp.stack([x * (i + 1) for i in range(len(RESETS))])
-    together = jax.vmap(memory.sequence, in_axes=(None, None, 0, 0))(params, carry, xs, reset)
-    alone = [memory.sequence(params, carry, x, r) for x, r in zip(xs, reset, strict=True)]
-    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *alone), rtol=1e-9, atol=1e-12)
-
-
-def test_a_reset_stops_values(memory):
-    params, carry, x = prepared(memory)
-    reset = reset_at([6])
-    before, after = memory.sequence(params, carry, x, reset)[1], memory.sequence(params, carry, x.at[:6].set(99), reset)[1]
-    np.testing.assert_array_equal(before[6:], after[6:])
-    assert np.all(before[:6] != after[:6])
-    fresh = memory.sequence(params, memory.init_carry(), x[6:], jnp.zeros(6, bool))[1]
-    np.testing.assert_allclose(before[6:], fresh, rtol=1e-5, atol=1e-6)
-
-
-def test_a_reset_stops_gradients_and_nothing_else_does(memory):
-    params, carry, x = prepared(memory)
-
-    def late(x, carry, reset):
-        return jnp.sum(memory.sequence(params, carry, x, reset)[1][-1] ** 2)
-
-    gradient, of_carry = jax.grad(late, argnums=(0, 1))(x, carry, reset_at([6]))
-    np.testing.assert_array_equal(gradient[:6], 0)
-    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), of_carry)
-    assert np.all(np.any(np.asarray(gradient[6:]) != 0, axis=1))
-    gradient, of_carry = jax.grad(late, argnums=(0, 1))(x, carry, reset_at([]))
-    assert np.all(np.any(np.asarray(gradient) != 0, axis=1))  # all the way back
-    assert any(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(of_carry))
-
-
-def test_every_parameter_of_a_memory_matters(memory):
-    params, carry, x = prepared(memory)
-    gradient = jax.grad(lambda p: jnp.sum(memory.sequence(p, carry, x, reset_at([6]))[1] ** 2))(params)
-    for path, g in jax.tree.leaves_with_path(gradient):
-        assert np.all(np.asarray(g) != 0), jax.tree_util.keystr(path)
-
-
-def test_gru_against_flax(float64):
-    # The same equations; flax has no second bias for the gates r and z, ours is added to the first.
-    features, cell = 6, nn.GRUCell(6, param_dtype=float)
-    params = random_like(GRU(features).init(jax.random.key(0), INPUTS))
-    w, b, u, c = (params[name]["params"][part] for name in ("inputs", "recurrent") for part in ("kernel", "bias"))
-    (wr, wz, wn), (ur, uz, un) = jnp.split(w, 3, axis=1), jnp.split(u, 3, axis=1)
-    (br, bz, bn), (cr, cz, cn) = jnp.split(b, 3), jnp.split(c, 3)
-    theirs = {
-        "ir": {"kernel": wr, "bias": br + cr},
-        "iz": {"kernel": wz, "bias": bz + cz},
-        "in": {"kernel": wn, "bias": bn},
-        "hr": {"kernel": ur},
-        "hz": {"kernel": uz},
-        "hn": {"kernel": un, "bias": cn},
-    }
-    h, x = jax.random.normal(jax.random.key(1), (features,)), jax.random.normal(jax.random.key(2), (INPUTS,))
-    expected: Any = cell.apply({"params": theirs}, h, x)
-    assert_close(GRU(features).step(params, h, x), expected, rtol=1e-12)
-
-
-def test_gru_starts_orthogonal():
-    params = GRU(6).init(jax.random.key(0), INPUTS)
-    gates = jnp.split(params["recurrent"]["params"]["kernel"], 3, axis=1)
-    for gate in gates:
-        np.testing.assert_allclose(gate.T @ gate, np.eye(6), atol=1e-5)
-    assert np.any(gates[0] != gates[1]) and np.any(gates[1] != gates[2])
-
-
 # --- the network of RL^2
 
 
@@ -210,19 +79,106 @@ def test_recurrent_inputs():
     observation = jnp.array([[7.0, 8.0], [5.0, 6.0]])
     previous = Previous(jnp.array([-1, 2]), jnp.array([0.0, -0.5]), jnp.array([1.0, 0.0]))
     # observation, one-hot action (none before the first step), reward, done
-    np.testing.assert_array_equal(network.inputs(observation, previous), [[7, 8, 0, 0, 0, 0, 1], [5, 6, 0, 0, 1, -0.5, 0]])
+    np.testing.assert_array_equal(
+        network.inputs(observation, previous, jnp.arange(2)), [[7, 8, 0, 0, 0, 0, 1], [5, 6, 0, 0, 1, -0.5, 0]]
+    )
     network = RecurrentActorCritic(Spaces(2, 2, False), GRU(4))
     previous = previous._replace(action=jnp.array([[0.0, 0.0], [0.5, -3.0]]))
-    np.testing.assert_array_equal(network.inputs(observation, previous), [[7, 8, 0, 0, 0, 1], [5, 6, 0.5, -1, -0.5, 0]])
+    np.testing.assert_array_equal(
+        network.inputs(observation, previous, jnp.arange(2)), [[7, 8, 0, 0, 0, 1], [5, 6, 0.5, -1, -0.5, 0]]
+    )
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "own critic": {"critic": "separate", "widths": (5,), "sees_state": True, "length": STEPS},
+    "no critic": {"critic": "none", "sees_state": True},
+    "generated": {"sees_state": True, "widths": (3, 4), "embedding": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("discrete", [True, False])
-def test_recurrent_sequence_is_repeated_step(float64, memory, discrete):
-    network = RecurrentActorCritic(Spaces(2, 3, discrete), memory)
+def test_recurrent_sequence_is_repeated_step(float64, discrete, options):
+    network = RecurrentActorCritic(Spaces(2, 3, discrete), GRU(4), **OPTIONS[options])
     params = random_like(network.init(jax.random.key(0)))
-    x = jax.random.normal(jax.random.key(1), (STEPS, 2 + 3 + 2))
-    carry, expected = memory.init_carry(), []
+    x = jax.random.normal(jax.random.key(1), (STEPS, 2 + 3 + 2 + (network.length is not None)))
+    carry, expected = network.init_carry(), []
     for now in x:
         carry, *heads = network.step(params, carry, now)
         expected.append(tuple(heads))
-    assert_close(network.sequence(params, x), jax.tree.map(lambda *x: jnp.stack(x), *expected), rtol=1e-9, atol=1e-12)
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
+    assert_close(network.sequence(params, x), expected, rtol=1e-9, atol=1e-12)
+    # Cut into segments, it is the same.
+    assert_close(jax.jit(lambda x: network.sequence(params, x, 4))(x), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_time_is_the_share_of_the_trial():
+    network = RecurrentActorCritic(Spaces(1, 1, False), GRU(4), length=8)
+    previous = Previous(jnp.zeros((2, 1)), jnp.ones(2), jnp.zeros(2))
+    np.testing.assert_array_equal(
+        network.inputs(jnp.ones((2, 1)), previous, jnp.array([0, 6])), [[1, 0, 1, 0, 0], [1, 0, 1, 0, 0.75]]
+    )
+
+
+def test_gradients_reach_back_within_a_segment_only(float64):
+    network = RecurrentActorCritic(Spaces(1, 2, True), GRU(4))
+    params = random_like(network.init(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (STEPS, 5))
+
+    def slope(t, unroll):
+        """Of the value at t by all inputs."""
+        return np.any(jax.grad(lambda x: network.sequence(params, x, unroll)[1][t])(x) != 0, axis=1)
+
+    now = np.arange(STEPS)
+    np.testing.assert_array_equal(slope(10, None), now <= 10)
+    np.testing.assert_array_equal(slope(10, 4), (now >= 8) & (now <= 10))
+    np.testing.assert_array_equal(slope(3, 4), now <= 3)
+
+    # By the parameters: each segment by itself, from the carry that the one before left as a constant.
+    def by_hand(params):
+        carry, total = GRU(4).init_carry(), 0.0
+        for part in jnp.split(x, 3):
+            carry, features = GRU(4).sequence(params["memory"], jax.lax.stop_gradient(carry), part, jnp.zeros(4, bool))
+            total += jnp.sum(network.heads(params, [features], part)[1] ** 2)
+        return total
+
+    truncated = jax.grad(lambda params: jnp.sum(network.sequence(params, x, 4)[1] ** 2))(params)
+    assert_close(truncated, jax.grad(by_hand)(params), rtol=1e-9, atol=1e-12)
+    full = jax.grad(lambda params: jnp.sum(network.sequence(params, x)[1] ** 2))(params)
+    difference = jax.tree.map(lambda x, y: np.max(np.abs(x - y)), full["memory"], truncated["memory"])
+    assert min(jax.tree.leaves(difference)) > 1e-3
+    whole = jax.grad(lambda params: jnp.sum(network.sequence(params, x, STEPS)[1] ** 2))(params)
+    assert_close(whole, full, rtol=1e-9, atol=1e-12)
+
+
+def test_a_critic_of_its_own_shares_nothing(float64):
+    x = jax.random.normal(jax.random.key(1), (STEPS, 7))
+
+    def touched(critic, which):
+        network = RecurrentActorCritic(Spaces(2, 3, True), GRU(4), critic=critic)
+        params = random_like(network.init(jax.random.key(0)))
+        gradient = jax.grad(lambda params: jnp.sum(jax.tree.leaves(network.sequence(params, x)[which])[0] ** 2))(params)
+        return {name for name, g in gradient.items() if any(np.any(leaf != 0) for leaf in jax.tree.leaves(g))}
+
+    assert (touched("separate", 0), touched("separate", 1)) == ({"memory", "policy"}, {"critic", "value"})
+    assert (touched("shared", 0), touched("shared", 1)) == ({"memory", "policy"}, {"memory", "value"})
+    assert (touched("none", 0), touched("none", 1)) == ({"memory", "policy"}, set())
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_generated_policy_starts_as_a_policy_of_its_own(discrete):
+    """Bias-HyperInit (Beck et al. 2022): whatever the memory says, the weights are an initialisation of the policy."""
+    network = RecurrentActorCritic(Spaces(2, 3, discrete), GRU(4), sees_state=True, widths=(32, 32), embedding=25)
+    actor: Any = network.actor
+    params = network.init(jax.random.key(0))["policy"]
+    key_actor, _ = jax.random.split(jax.random.split(jax.random.key(0), 4)[1])
+    expected = actor.actor.init(key_actor, jnp.zeros(2))
+    for features in (jnp.zeros(4), jnp.ones(4), 100 * jax.random.normal(jax.random.key(3), (4,))):
+        jax.tree.map(np.testing.assert_array_equal, actor.generate(params, features), expected)
+    kernel = expected["params"]["MLP_0"]["Dense_1"]["kernel"]  # Xavier: uniform on +-sqrt(6 / 64)
+    assert np.abs(kernel).max() < np.sqrt(6 / 64) and np.std(kernel) == pytest.approx(np.sqrt(2 / 64), rel=0.1)
+    # Other weights for other features, as soon as the last layer has learned anything.
+    params["weights"]["kernel"] += 0.1
+    first, second = (actor.generate(params, x) for x in (jnp.ones(4), -jnp.ones(4)))
+    assert all(np.all(x != y) for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))

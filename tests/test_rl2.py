@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 from gymnax.environments import spaces as gymnax_spaces
-from probes import assert_close, build, eval_settings, one_step, train, walk
+from jax.flatten_util import ravel_pytree
+from probes import assert_close, build, eval_settings, one_step, random_like, train, walk
 from test_adapt import garbage
 from test_returns import loop_gae
 
@@ -21,6 +22,8 @@ from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.memory import Memory
 from metarl_cli.core.networks import RecurrentActorCritic
 from metarl_cli.core.returns import Normaliser, RunningStats
+from metarl_cli.core.rollout import first_input
+from metarl_cli.core.types import Batch
 
 TINY: dict[str, Any] = {"memory__features": 4, "meta_batch": 6, "minibatches": 2, "epochs": 2, "gamma": 0.9, "lam": 0.7}
 SEEN: Any = RunningStats(*map(np.asarray, (10.0, [0.3, 2.0], [20.0, 5.0])))  # type: ignore[arg-type]
@@ -144,7 +147,7 @@ def test_garbage_after_a_trial_changes_nothing(float64):
 
     @jax.jit
     def learn(batch):
-        return learner.ppo(state, learner.data(state, batch)), state.normaliser.update(batch, learner.gamma)
+        return learner.learn(state, learner.data(state, batch), 0.0), state.normaliser.update(batch, learner.gamma)
 
     assert_close(learn(noisy), learn(batch), rtol=1e-7, atol=1e-9)
 
@@ -156,7 +159,7 @@ def test_first_loss(trials):
     # Ratios are 1: the surrogate is minus the mean standardised advantage, 0; the rest is the definition.
     learner, state, batch, data, _ = trials
     learner = dataclasses.replace(learner, entropy=0.1, value=0.3)
-    loss, metrics = jax.jit(learner.loss)(state.params, data)
+    loss, metrics = jax.jit(learner.loss)(state.params, data, 0.0)
     valid = np.asarray(data.valid)
     value_loss = 0.5 * np.mean((batch.extra[1] - data.target)[valid] ** 2)
     np.testing.assert_allclose(metrics["policy_loss"], 0, atol=1e-9)
@@ -169,10 +172,10 @@ def test_first_loss(trials):
 def test_update_is_ppo_over_minibatches_of_whole_trials(float64):
     learner, state, _, data, _ = lived(True)
     learner = dataclasses.replace(learner, max_grad_norm=0.1)
-    params, _, metrics = jax.jit(learner.ppo)(state, data)
+    params, _, metrics = jax.jit(learner.learn)(state, data, 0.0)
     transform = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(learner.lr, eps=1e-5))
     expected, optimizer = state.params, transform.init(state.params)
-    gradient = jax.jit(jax.grad(lambda p, d: learner.loss(p, d)[0]))
+    gradient = jax.jit(jax.grad(lambda p, d: learner.loss(p, d, 0.0)[0]))
     norms = []
     for _ in range(learner.epochs):
         for half in (slice(0, 3), slice(3, 6)):
@@ -212,14 +215,187 @@ def test_trial_is_a_point_per_episode():
     assert trial.returns.shape == trial.steps.shape == (5, 1) and trial.regret is None
     length = min(int(task.length), family.horizon)
     np.testing.assert_array_equal(trial.steps, length)
+    greedy = learner.plan(family, eval_settings(greedy="true"))
+    alike = jax.jit(lambda key: learner.trial(state, key, family, task, greedy))(jax.random.key(2)).batch
+    assert np.any(alike.action != trial.batch.action[:3])
+    first = learner.network.inputs(alike.observation[0, 0, 0], first_input(learner.network.spec), jnp.zeros((), int))
+    mode = learner.network.step(state.params, learner.network.init_carry(), first)[1].mode()
+    np.testing.assert_allclose(alike.action[0, 0, 0], mode, rtol=1e-5)
     # The same trial as `live` says, cut into episodes.
     expected = np.asarray(batch.reward)[: 5 * length].reshape(5, length).sum(1)
     np.testing.assert_allclose(trial.returns[:, 0], expected, rtol=1e-5)
 
 
-def test_minibatches_have_to_divide_the_trials():
-    with pytest.raises(ConfigError, match=r"algo\.minibatches=4: must divide algo\.meta_batch=6\. Allowed: 1, 2, 3, 6"):
-        build("rl2", walk(True), meta_batch=6, minibatches=4)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"minibatches": 4}, r"algo\.minibatches=4: must divide algo\.meta_batch=6\. Allowed: 1, 2, 3, 6"),
+        ({"accumulate": 2}, r"algo\.accumulate=2: must divide the 3 trials of a minibatch\. Allowed: 1, 3"),
+        ({"unroll": 5}, r"algo\.unroll=5: must divide the 12 steps of a trial\. Allowed: 1, 2, 3, 4, 6, 12"),
+        ({"hypernetwork": 25}, r"algo\.hypernetwork=25: .* Set algo\.policy_sees_state=true"),
+        ({"max_kl": 0.01, "outer": "a2c"}, r"algo\.max_kl=0\.01: algo\.outer=a2c makes a single step\. Allowed: null"),
+    ],
+)
+def test_what_does_not_fit(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build("rl2", walk(True), **({"meta_batch": 6, "minibatches": 2} | settings))
+
+
+# --- switches
+
+
+def lived_with(**settings: Any) -> tuple[Any, Any, Any]:
+    """In float64: a learner, a state, the data of a meta-batch."""
+    learner, family = learner_on(True, **settings), walk(True)
+
+    @jax.jit
+    def run(key):
+        state = learner.init(key, family)
+        state = state._replace(params=jax.tree.map(lambda x, y: x + y, state.params, random_like(state.params, 0.3)))
+        return state, learner.data(state, learner.sample(state, key, family))
+
+    return learner, *run(jax.random.key(3))
+
+
+def test_training_sees_what_acting_saw_with_all_options(float64):
+    learner, state, data = lived_with(
+        critic="separate", hidden="[3]", sees_time="true", policy_sees_state="true", hypernetwork=2, unroll=4
+    )
+    policy, _ = jax.jit(learner.sequence)(state.params, data.x)
+    np.testing.assert_allclose(policy.log_prob(data.action), data.log_prob, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(data.x[..., -1], np.broadcast_to(np.arange(12) / 12, (6, 12)))
+
+
+@pytest.mark.parametrize("part", [1, 3])
+def test_accumulated_gradients_are_those_of_the_minibatch(float64, part):
+    """In parts with different numbers of valid steps."""
+    _, state, _, data, _ = lived(True)
+    assert len(set(np.asarray(data.valid).sum(1).tolist())) > 1
+    whole, parts = (learner_on(True, entropy=0.1, accumulate=n) for n in (1, part))
+    params, _, metrics = jax.jit(whole.learn)(state, data, 0.0)
+    again, _, same = jax.jit(parts.learn)(state, data, 0.0)
+    assert_close((again, same), (params, metrics), rtol=1e-6, atol=1e-9)
+
+
+def test_annealing(float64):
+    _, state, _, data, _ = lived(True)
+    learner = learner_on(True, entropy=0.4, entropy_end=0.0, lr=0.1, lr_end=0.02)
+    gradient = jax.jit(jax.grad(lambda p, learner, progress: learner.loss(p, data, progress)[0]))
+    constant = learner_on(True, entropy=0.1)
+    assert_close(gradient(state.params, learner, 0.75), gradient(state.params, constant, 0.0), rtol=1e-9, atol=1e-12)
+    updates = []
+    for progress in (0.0, 0.5):
+        transform = learner.optimizer(progress)
+        update, _ = transform.update(jax.tree.map(jnp.ones_like, state.params), transform.init(state.params))
+        updates.append(jax.tree.leaves(update)[0])
+    np.testing.assert_allclose(updates[1], 0.6 * updates[0])  # 0.06 / 0.1
+
+
+def test_first_step_of_a2c_is_that_of_ppo(float64):
+    """At the parameters that acted, the surrogate and the log-likelihood have one gradient."""
+    _, state, _, data, _ = lived(True)
+    ppo, a2c = (learner_on(True, entropy=0.1, minibatches=1, epochs=n, outer=o) for n, o in ((1, "ppo"), (7, "a2c")))
+    params, _, metrics = jax.jit(ppo.learn)(state, data, 0.0)
+    same, _, others = jax.jit(a2c.learn)(state, data, 0.0)  # a single step, whatever is said of epochs
+    assert_close(same, params, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(others["grad_norm"], metrics["grad_norm"], rtol=1e-9)
+    assert others["policy_loss"] != pytest.approx(metrics["policy_loss"])
+
+
+def test_reinforce_is_the_gradient_of_the_return(float64):
+    """Exactly: the expectation of its loss' gradient over all trials, against the derivative of the expected return.
+
+    Two guesses of a hidden bit in a row, three actions each: 2 x 9 trials.
+    """
+    family = hidden_bit()
+    learner = build("rl2", family, outer="reinforce", critic="none", gamma=1.0, memory__features=3, meta_batch=18)
+    state = learner.init(jax.random.key(0), family)
+    state = state._replace(params=random_like(state.params))
+    hidden, first, second = (x.ravel() for x in np.meshgrid(*map(np.arange, (2, 3, 3)), indexing="ij"))
+    action = jnp.stack([first, second], axis=1)
+    reward = jnp.where(action == 2, 0.1, jnp.where(action == hidden[:, None], 1.0, -1.0))
+    yes, zero = jnp.ones((18, 2), bool), jnp.zeros((18, 2))
+    batch = Batch(jnp.ones((18, 2, 1)), action, reward, ~yes, yes, yes, None, (zero, zero))
+    data = learner.data(state, batch)
+    np.testing.assert_allclose(data.advantage, np.stack([reward.sum(1), reward[:, 1]], 1))
+
+    def probability(params):
+        policy, _ = learner.sequence(params, data.x)
+        return 0.5 * jnp.exp(jnp.sum(policy.log_prob(action), axis=1))
+
+    exact = jax.grad(lambda params: probability(params) @ reward.sum(1))(state.params)
+    one = lambda data: jax.grad(lambda p: learner.loss(p, jax.tree.map(lambda x: x[None], data), 0.0)[0])(state.params)  # noqa: E731
+    weights = probability(state.params)
+    np.testing.assert_allclose(weights.sum(), 1)
+    expected = jax.tree.map(lambda g: -2 * jnp.tensordot(weights, g, 1), jax.vmap(one)(data))  # a mean over 2 steps
+    assert_close(expected, exact, rtol=1e-8, atol=1e-12)
+    assert optax.tree.norm(exact) > 0.05
+
+
+def test_clip_of_each_number(float64):
+    learner, state, _, data, _ = lived(True)
+    learner = dataclasses.replace(learner, max_grad_norm=None, max_grad=1e-3, epochs=1, minibatches=1)
+    new = jax.jit(learner.learn)(state._replace(optimizer=learner.optimizer().init(state.params)), data, 0.0)[0]
+    gradient = jax.grad(lambda p: learner.loss(p, data, 0.0)[0])(state.params)
+    clipped = jax.tree.map(lambda g: jnp.clip(g, -1e-3, 1e-3), gradient)
+    assert np.mean(ravel_pytree(jax.tree.map(lambda g, c: g != c, gradient, clipped))[0]) > 0.3
+    # Adam's first step: lr g / (|g| + eps)
+    expected = jax.tree.map(lambda x, g: x - learner.lr * g / (jnp.abs(g) + 1e-5), state.params, clipped)
+    assert_close(new, expected, rtol=1e-8)
+
+
+@cache
+def bounded(lr: float, max_kl: float | None, epochs: int = 4, critic: str = "separate") -> tuple[Any, Any, Any, Any]:
+    """In float64: a learner with the bound, the state before, the data, the parameters after."""
+    learner = learner_on(True, lr=lr, max_kl=max_kl, epochs=epochs, critic=critic)
+    with jax.enable_x64(True):
+        _, state, data = lived_with(critic=critic)
+        state = state._replace(optimizer=learner.optimizer().init(state.params))
+        return learner, state, data, jax.jit(learner.learn)(state, data, 0.0)[0]
+
+
+def kl_and_loss(learner: Any, before: Any, after: Any, data: Any) -> tuple[float, float]:
+    """Over the whole meta-batch."""
+    old, new = (learner.sequence(params, data.x)[0] for params in (before, after))
+    ratio = np.exp(new.log_prob(data.action) - data.log_prob)
+    gain = np.minimum(ratio * data.advantage, np.clip(ratio, 1 - learner.clip, 1 + learner.clip) * data.advantage)
+    valid = np.asarray(data.valid)
+    return float(np.mean(np.asarray(old.kl(new))[valid])), -float(np.mean(np.asarray(gain)[valid]))
+
+
+def test_a_step_that_goes_too_far_is_halved_until_it_is_within_the_bound(float64):
+    learner, state, data, params = bounded(0.3, 0.01)
+    *_, free = bounded(0.3, None)
+    assert kl_and_loss(learner, state.params, free, data)[0] > 0.05
+    kl, _ = kl_and_loss(learner, state.params, params, data)
+    assert 0 < kl <= 0.01
+    # It is the last epoch's step, halved a whole number of times, once less would not have done; the critic's is not.
+    ours = lambda p: ravel_pytree({name: p[name] for name in ("memory", "policy")})[0]  # noqa: E731
+    share = (ours(params) - ours(state.params)) / (ours(free) - ours(state.params))
+    np.testing.assert_allclose(share, share[0], rtol=1e-6)
+    halvings = -np.log2(share[0])
+    assert halvings >= 1 and halvings == pytest.approx(round(halvings), abs=1e-6)
+    twice = jax.tree.map(lambda old, new: old + 2 * (new - old), state.params, params)
+    assert kl_and_loss(learner, state.params, twice, data)[0] > 0.01
+    assert_close((params["critic"], params["value"]), (free["critic"], free["value"]), rtol=1e-12)
+
+
+def test_the_best_epoch_within_the_bound_is_kept(float64):
+    # The first epoch is within the bound, and the later ones go further and further.
+    candidates = [bounded(0.02, None, epochs)[3] for epochs in (1, 2, 3, 4)]
+    learner, state, data, _ = bounded(0.02, None)
+    measured = [kl_and_loss(learner, state.params, params, data) for params in candidates]
+    losses = [loss for _, loss in measured]
+    assert losses[3] < losses[0] and measured[3][0] > measured[0][0]
+    bound = (measured[0][0] + measured[3][0]) / 2
+    inside = [i for i, (kl, _) in enumerate(measured) if kl <= bound]
+    best = min(inside, key=lambda i: losses[i])
+    assert 0 < len(inside) < 4
+    *_, params = bounded(0.02, float(bound))
+    for name in ("memory", "policy"):
+        assert_close(params[name], candidates[best][name], rtol=1e-9)
+    for name in ("critic", "value"):  # the critic is that of the last epoch
+        assert_close(params[name], candidates[3][name], rtol=1e-9)
 
 
 # --- probes: what is learned is known

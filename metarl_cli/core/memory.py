@@ -1,7 +1,11 @@
-"""The interface of memories: what a memory-based meta-learner carries through a trial.
+"""The interface of memories: what a memory-based meta-learner carries through a trial; and what several of them share.
 
 A memory is static (hashable, no arrays); its parameters and its carry are pytrees. One file in `memories/` and one YAML in
 `configs/algo/memory/` add one.
+
+Memories whose state is a linear recurrence find it solved for all steps at once in `linear_recurrence`. Memories that look
+back at single steps keep the last W of them: with T new ones they form rows `[W + T]`, oldest first, of which step t of the
+new ones is row W + t (`steps_before`, `visible`, `keep`).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from metarl_cli.core.settings import Settings
 from metarl_cli.core.types import Key, Params
@@ -47,5 +52,74 @@ class MemorySettings(Settings):
     """What a file in `configs/algo/memory/` configures."""
 
     @abstractmethod
-    def build(self) -> Memory:
-        """Raises `ConfigError` with a key that starts with `algo.memory.`."""
+    def build(self, length: int) -> Memory:
+        """Raises `ConfigError` with a key that starts with `algo.memory.`.
+
+        Args:
+            length: of a trial in training, in steps. Longer ones occur in evaluations.
+        """
+
+
+# --- linear recurrences
+
+
+def linear_recurrence(a: jax.Array, b: jax.Array, h: jax.Array, reset: jax.Array) -> jax.Array:
+    """`h_t = a_t h_{t-1} + b_t` elementwise for all t, from h before the first step; all `[T, N]`, `h [N]`, real or complex.
+
+    Solved in O(log T) rounds by an associative scan (Blelloch 1990) with the operator
+    `(a_i, b_i), (a_j, b_j) -> (a_j a_i, a_j b_i + b_j)`. A reset before step t is `a_t = 0`: nothing earlier gets through,
+    the incoming h neither.
+    """
+    a = jnp.where(reset[:, None], 0, a)
+    return _solve(a, b.at[0].add(a[0] * h))
+
+
+@jax.custom_vjp
+def _solve(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _scan(a, b, reverse=False)
+
+
+def _scan(a: jax.Array, b: jax.Array, reverse: bool) -> jax.Array:
+    def then(i, j):
+        return i[0] * j[0], j[0] * i[1] + j[1]
+
+    return jax.lax.associative_scan(then, (a, b), reverse=reverse)[1]
+
+
+def _forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    h = _solve(a, b)
+    return h, (a, h)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same recurrence backwards in time, `d_t = slope_t + a_{t+1} d_{t+1}`: nothing but a and h has to be kept."""
+    a, h = saved
+    zero = jnp.zeros_like(a[:1])
+    d = _scan(jnp.concatenate([a[1:], zero]), slope, reverse=True)
+    return d * jnp.concatenate([zero, h[:-1]]), d
+
+
+_solve.defvjp(_forward, _backward)
+
+
+# --- looking back
+
+
+def steps_before(time: jax.Array, reset: jax.Array) -> jax.Array:
+    """How many steps of its trial lie before each of T new ones, `[T]`; `time` says it for the first, `[]`."""
+    now = jnp.arange(reset.shape[0])
+    return now - jax.lax.cummax(jnp.where(reset, now, -time))
+
+
+def visible(before: jax.Array, window: int) -> jax.Array:
+    """Which of the rows `[W + T]` each of T new steps may look at, `[T, W + T]`: itself, and W earlier ones of its trial."""
+    steps = before.shape[0]
+    back = window + jnp.arange(steps)[:, None] - jnp.arange(window + steps)[None]
+    return (back >= 0) & (back <= jnp.minimum(before, window)[:, None])
+
+
+def keep(rows: jax.Array, before: jax.Array) -> jax.Array:
+    """The last W of the rows `[W + T, ...]`, zeros for those that are not of the trial of the last step."""
+    kept = rows[before.shape[0] :]
+    back = jnp.arange(kept.shape[0], 0, -1)
+    return jnp.where((back <= before[-1] + 1).reshape(-1, *[1] * (rows.ndim - 1)), kept, 0)

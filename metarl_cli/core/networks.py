@@ -5,16 +5,19 @@ With `memories/`, the only place that knows flax, whose layers are float32 unles
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from metarl_cli.core.distributions import Categorical, DiagonalGaussian, Distribution
-from metarl_cli.core.memory import Memory
+from metarl_cli.core.memory import Carry, Memory, linear_recurrence
 from metarl_cli.core.rollout import Spaces
 from metarl_cli.core.types import Key, Params, Previous
 
@@ -28,6 +31,10 @@ def run(module: nn.Module, params: Params, *args: Any) -> Any:
     return module.apply(params, *args)
 
 
+def dense(units: int, bias: bool = True) -> nn.Dense:
+    return nn.Dense(units, use_bias=bias, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)
+
+
 class MLP(nn.Module):
     """Dense layers with an activation after each."""
 
@@ -37,9 +44,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for width in self.widths:
-            x = ACTIVATIONS[self.activation](
-                nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)(x)
-            )
+            x = ACTIVATIONS[self.activation](dense(width)(x))
         return x
 
 
@@ -64,7 +69,7 @@ class ValueHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(1, kernel_init=nn.initializers.xavier_uniform(), param_dtype=float)(x)[..., 0]
+        return dense(1)(x)[..., 0]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,218 @@ class Policy:
             context = jnp.broadcast_to(params["context"], (*observation.shape[:-1], self.context))
             inputs = jnp.concatenate([observation, context], axis=-1)
         return run(self.head, params["head"], run(self.body, params["body"], inputs))
+
+
+# --- building blocks of memories
+
+
+def orthogonal(key: Key, n: int) -> jax.Array:
+    """A random orthogonal matrix `[n, n]`: a Gaussian one, its columns orthonormalised (Gram and Schmidt, each twice).
+
+    Not by LAPACK's QR: several batched ones at once can lock up JAX's threads on the CPU, and every gate wants its own.
+    """
+
+    def column(i, q):
+        earlier = jnp.where(jnp.arange(n) < i, q, 0)
+        v = q[:, i]
+        for _ in range(2):
+            v = v - earlier @ (v @ earlier)
+        return q.at[:, i].set(v / jnp.linalg.norm(v))
+
+    return jax.lax.fori_loop(0, n, column, jax.random.normal(key, (n, n)))
+
+
+def normalise(x: jax.Array) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """`W x + b` for some gates at once, `[D]` to `[gates * units]`; each gate's weights are initialised by themselves.
+
+    Used in three steps, so that what does not depend on x is done once for a sequence: `init`, `weights`, call.
+    """
+
+    gates: int
+    units: int
+    initial: Literal["xavier", "orthogonal"]
+    layer_norm: bool = False  # of each gate's sums over its units (Ba et al. 2016)
+    weight_norm: bool = False  # w = g v / |v| for each unit (Salimans and Kingma 2016), g at first 1
+
+    def init(self, key: Key, inputs: int) -> Params:
+        keys = jax.random.split(key, self.gates)
+        if self.initial == "orthogonal":
+            kernels = jax.vmap(lambda key: orthogonal(key, self.units))(keys)
+        else:
+            kernels = jax.vmap(lambda key: nn.initializers.xavier_uniform()(key, (inputs, self.units)))(keys)
+        total = self.gates * self.units
+        params = {"kernel": jnp.moveaxis(kernels, 0, 1).reshape(inputs, total), "bias": jnp.zeros(total)}
+        if self.weight_norm:
+            params["length"] = jnp.ones(total)
+        if self.layer_norm:
+            params["scale"] = jnp.ones(total)
+        return params
+
+    def weights(self, params: Params) -> Params:
+        """The parameters, weight normalisation applied."""
+        if not self.weight_norm:
+            return params
+        kernel = params["kernel"]
+        return params | {"kernel": kernel * (params["length"] / jnp.linalg.norm(kernel, axis=0))[None]}
+
+    def __call__(self, weights: Params, x: jax.Array) -> jax.Array:
+        y = x @ weights["kernel"]
+        if self.layer_norm:
+            y = normalise(y.reshape(self.gates, self.units)).reshape(-1) * weights["scale"]
+        return y + weights["bias"]
+
+
+class Mixture(nn.Module):
+    """What follows the recurrence of a layer: `x + (W y) sigmoid(V y)`, y its output after a GELU (Smith et al. 2023)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + nn.glu(dense(2 * x.shape[-1])(nn.gelu(y)))
+
+
+def mix(params: Params, x: jax.Array, y: jax.Array) -> Any:
+    return Mixture().apply(params, x, y)
+
+
+@dataclass(frozen=True)
+class LinearMemory(Memory):
+    """Layers around a linear recurrence `h_t = a_t h_{t-1} + b_t` whose a and b see the input alone: parallel in time.
+
+    A linear layer brings the input to F features. Each layer after it is layer normalisation, the recurrence, a gated linear
+    unit and a residual connection, as in S5 and LRU. A subclass gives the recurrence.
+    """
+
+    features: int  # F
+    layers: int
+
+    @abstractmethod
+    def init_recurrence(self, key: Key) -> Params:
+        """The parameters of one layer's recurrence."""
+
+    @abstractmethod
+    def init_state(self) -> jax.Array:
+        """h before the first step, zeros `[N]`, real or complex."""
+
+    @abstractmethod
+    def coefficients(self, params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """a and b `[N]` of one step with the input `x [F]`."""
+
+    @abstractmethod
+    def output(self, params: Params, h: jax.Array, x: jax.Array) -> jax.Array:
+        """What a layer's recurrence gives out, `[F]`."""
+
+    @property
+    def encoder(self) -> nn.Dense:
+        return dense(self.features)
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return nn.LayerNorm(param_dtype=float)
+
+    def init(self, key: Key, inputs: int) -> Params:
+        key_encoder, key_layers = jax.random.split(key)
+        x = jnp.zeros(self.features)
+
+        def layer(key):
+            key_recurrence, key_mixed = jax.random.split(key)
+            return {
+                "norm": self.norm.init(key, x),
+                "recurrence": self.init_recurrence(key_recurrence),
+                "mixed": Mixture().init(key_mixed, x, x),
+            }
+
+        layers = [layer(key) for key in jax.random.split(key_layers, self.layers)]
+        return {"encoder": self.encoder.init(key_encoder, jnp.zeros(inputs)), "layers": layers}
+
+    def init_carry(self) -> list[jax.Array]:
+        return [self.init_state() for _ in range(self.layers)]
+
+    def step(self, params: Params, carry: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        x = run(self.encoder, params["encoder"], x)
+        new = []
+        for layer, h in zip(params["layers"], carry, strict=True):
+            u = run(self.norm, layer["norm"], x)
+            a, b = self.coefficients(layer["recurrence"], u)
+            h = a * h + b
+            x = mix(layer["mixed"], x, self.output(layer["recurrence"], h, u))
+            new.append(h)
+        return new, x
+
+    def sequence(
+        self, params: Params, carry: list[jax.Array], x: jax.Array, reset: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        x = run(self.encoder, params["encoder"], x)
+        new = []
+        for layer, start in zip(params["layers"], carry, strict=True):
+            p = layer["recurrence"]
+            u = run(self.norm, layer["norm"], x)
+            a, b = jax.vmap(lambda u, p=p: self.coefficients(p, u))(u)
+            h = linear_recurrence(a, b, start, reset)
+            x = mix(layer["mixed"], x, jax.vmap(lambda h, u, p=p: self.output(p, h, u))(h, u))
+            new.append(h[-1])
+        return new, x
+
+
+# --- the network of memory-based learners
+
+Critic = Literal["shared", "separate", "none"]
+
+
+class Actor(nn.Module):
+    """Hidden layers and a policy head that starts close to uniform."""
+
+    spec: Spaces
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Distribution:
+        return PolicyHead(self.spec, scale=0.01)(MLP(self.widths, "tanh")(x))
+
+
+@dataclass(frozen=True)
+class Hypernetwork:
+    """A policy on the state all of whose weights are generated from the features (Beck et al. 2022, 2023).
+
+    features -> linear, `embedding` numbers -> linear, the weights. Bias-HyperInit: the last layer's kernel starts at 0 and
+    its bias at an initialisation of the policy, which is then what it generates for every input.
+    """
+
+    actor: Actor
+    state: int  # D, what the policy sees
+    embedding: int
+
+    @property
+    def encoder(self) -> nn.Dense:
+        return dense(self.embedding)
+
+    def init(self, key: Key, features: jax.Array) -> Params:
+        key_actor, key_encoder = jax.random.split(key)
+        flat, _ = ravel_pytree(self.actor.init(key_actor, jnp.zeros(self.state)))
+        return {
+            "encoder": self.encoder.init(key_encoder, features),
+            "weights": {"kernel": jnp.zeros((self.embedding, flat.size)), "bias": flat},
+        }
+
+    def generate(self, params: Params, features: jax.Array) -> Params:
+        """The policy's parameters from one step's features `[H]`."""
+        last = params["weights"]
+        flat = run(self.encoder, params["encoder"], features) @ last["kernel"] + last["bias"]
+        shapes = jax.eval_shape(self.actor.init, jax.random.key(0), jnp.zeros(self.state))
+        _, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        return unravel(flat)
+
+    def apply(self, params: Params, features: jax.Array, state: jax.Array) -> Distribution:
+        """`[..., H]` and `[..., D]` to a distribution with the same leading axes."""
+        if features.ndim > 1:
+            return jax.vmap(self.apply, in_axes=(None, 0, 0))(params, features, state)
+        return run(self.actor, self.generate(params, features), state)
 
 
 @dataclass(frozen=True)
@@ -234,50 +451,107 @@ class CoordinateNetwork:
 
 @dataclass(frozen=True)
 class RecurrentActorCritic:
-    """A memory with a policy head and a value head on its features.
+    """A memory with a policy and a value on its features.
 
-    The input of a step is `[s_t, a_{t-1} (one-hot if discrete), r_{t-1}, done_{t-1}]` (Duan et al. 2016, section 2.2).
+    The input of a step is `[s_t, a_{t-1} (one-hot if discrete), r_{t-1}, done_{t-1}]` (Duan et al. 2016, section 2.2), and
+    with `length` the share of the trial that is over.
     """
 
     spec: Spaces
     memory: Memory
+    critic: Critic = "shared"  # which memory the value reads: the policy's, one of its own, or there is no value (0)
+    widths: tuple[int, ...] = ()  # of the policy's hidden layers
+    sees_state: bool = False  # policy and value see s_t beside the memory's features
+    length: int | None = None  # steps of a trial, where the time is a part of the input
+    embedding: int | None = None  # of the hypernetwork that generates the policy, where there is one
 
     @property
-    def policy_head(self) -> PolicyHead:
-        return PolicyHead(self.spec, scale=0.01)
+    def actor(self) -> Actor | Hypernetwork:
+        actor = Actor(self.spec, self.widths)
+        return actor if self.embedding is None else Hypernetwork(actor, self.spec.observation, self.embedding)
 
     @property
     def value_head(self) -> ValueHead:
         return ValueHead()
 
     def init(self, key: Key) -> Params:
-        key_memory, key_policy, key_value = jax.random.split(key, 3)
+        key_memory, key_policy, key_value, key_critic = jax.random.split(key, 4)
+        inputs = self.spec.observation + self.spec.action + 2 + (self.length is not None)
         features = jnp.zeros(self.memory.features)
-        return {
-            "memory": self.memory.init(key_memory, self.spec.observation + self.spec.action + 2),
-            "policy": self.policy_head.init(key_policy, features),
-            "value": self.value_head.init(key_value, features),
+        with_state = jnp.zeros(self.memory.features + self.sees_state * self.spec.observation)
+        params = {
+            "memory": self.memory.init(key_memory, inputs),
+            "policy": self.actor.init(key_policy, with_state if self.embedding is None else features),
         }
+        if self.critic != "none":
+            params["value"] = self.value_head.init(key_value, with_state)
+        if self.critic == "separate":
+            params["critic"] = self.memory.init(key_critic, inputs)
+        return params
 
-    def inputs(self, observation: jax.Array, previous: Previous) -> jax.Array:
-        """`[..., D]` and the previous step to `[..., D + A + 2]`; an action beyond the box is told as carried out."""
+    def inputs(self, observation: jax.Array, previous: Previous, time: jax.Array) -> jax.Array:
+        """`[..., D]`, the previous step and the step's index to `[..., D + A + 2 (+ 1)]`.
+
+        An action beyond the box is told as carried out.
+        """
         if self.spec.discrete:
             action = jax.nn.one_hot(previous.action, self.spec.action, dtype=observation.dtype)
         else:
             action = jnp.clip(previous.action, -1, 1)
-        scalars = jnp.stack([previous.reward, previous.done], axis=-1)
-        return jnp.concatenate([observation, action, scalars], axis=-1)
+        scalars = [previous.reward, previous.done]
+        if self.length is not None:
+            scalars.append(jnp.broadcast_to(time / self.length, previous.reward.shape))
+        return jnp.concatenate([observation, action, jnp.stack(scalars, axis=-1)], axis=-1)
 
-    def step(self, params: Params, carry: Any, x: jax.Array) -> tuple[Any, Distribution, jax.Array]:
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """The names of their parameters."""
+        return ("memory", "critic") if self.critic == "separate" else ("memory",)
+
+    def init_carry(self) -> Carry:
+        return [self.memory.init_carry() for _ in self.memories]
+
+    def step(self, params: Params, carry: Carry, x: jax.Array) -> tuple[Carry, Distribution, jax.Array]:
         """One step while acting: the new carry, the policy and the value."""
-        carry, features = self.memory.step(params["memory"], carry, x)
-        return carry, *self.heads(params, features)
+        new = [self.memory.step(params[name], c, x) for name, c in zip(self.memories, carry, strict=True)]
+        return [c for c, _ in new], *self.heads(params, [features for _, features in new], x)
 
-    def sequence(self, params: Params, x: jax.Array) -> tuple[Distribution, jax.Array]:
-        """A whole trial `[T, D]` from a fresh carry: policies and values `[T]`."""
-        reset = jnp.zeros(x.shape[0], bool)
-        _, features = self.memory.sequence(params["memory"], self.memory.init_carry(), x, reset)
-        return self.heads(params, features)
+    def sequence(self, params: Params, x: jax.Array, unroll: int | None = None) -> tuple[Distribution, jax.Array]:
+        """A whole trial `[T, D]` from a fresh carry: policies and values `[T]`.
 
-    def heads(self, params: Params, features: jax.Array) -> tuple[Distribution, jax.Array]:
-        return run(self.policy_head, params["policy"], features), run(self.value_head, params["value"], features)
+        Args:
+            unroll: with it, gradients reach back within segments of so many steps only; it divides T. The carry is handed on
+                from one to the next, so that the values are the same. The backward pass keeps one segment at a time.
+        """
+
+        def remember(params, carry, x):
+            return self.memory.sequence(params, carry, x, jnp.zeros(x.shape[0], bool))
+
+        def segments(params):
+            if unroll is None:
+                return remember(params, self.memory.init_carry(), x)[1]
+
+            @partial(jax.checkpoint, prevent_cse=False)  # not needed inside a scan
+            def segment(carry, x):
+                return remember(params, jax.lax.stop_gradient(carry), x)
+
+            _, features = jax.lax.scan(segment, self.memory.init_carry(), x.reshape(-1, unroll, x.shape[-1]))
+            return features.reshape(x.shape[0], -1)
+
+        return self.heads(params, [segments(params[name]) for name in self.memories], x)
+
+    def heads(self, params: Params, features: list[jax.Array], x: jax.Array) -> tuple[Distribution, jax.Array]:
+        """`features` of the policy's memory first, of the value's last."""
+        state = x[..., : self.spec.observation]
+
+        def see(features):
+            return jnp.concatenate([features, state], axis=-1) if self.sees_state else features
+
+        actor = self.actor
+        if isinstance(actor, Hypernetwork):
+            policy = actor.apply(params["policy"], features[0], state)
+        else:
+            policy = run(actor, params["policy"], see(features[0]))
+        if self.critic == "none":
+            return policy, jnp.zeros(x.shape[:-1])
+        return policy, run(self.value_head, params["value"], see(features[-1]))

@@ -94,4 +94,5 @@ class EvalSettings(Settings):
         unit="meta-iterations",
         ge=0,
     )
+    greedy: bool = setting("RL^2: the most likely action and not a sampled one; others ignore it")
     adapt: AdaptSettings

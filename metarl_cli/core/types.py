@@ -63,6 +63,7 @@ class Plan:
 
     points: int = static()  # P
     episodes: int = static()  # K
+    greedy: bool = static(default=False)  # the most likely action and not a sampled one
     decay: float | jax.Array = 1.0  # factor on the inner step after the first adaptation step
 
 

@@ -1,0 +1,98 @@
+"""SNAIL (Mishra et al. 2018, arXiv:1707.03141): temporal convolutions that gather, attention that picks out.
+
+A dense block of dilation d appends `tanh(u) sigmoid(v)` to its input, with u and v linear in `[x_{t-d}, x_t]`; a TC block is
+dense blocks of dilations 1, 2, 4 ... until they see the whole trial; an attention block appends what one head reads
+(section 3, figure 2). The network is linear, TC, attention, TC, attention. A last linear layer brings all that has been
+appended to `features`.
+
+The carry is bounded: each convolution keeps the last d inputs, each head the last `context` keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from metarl_cli.core.memory import Carry, Memory, MemorySettings, keep, steps_before, visible
+from metarl_cli.core.networks import dense
+from metarl_cli.core.settings import setting
+from metarl_cli.core.types import Key, Params
+
+BLOCKS = 2  # of each kind
+
+
+class Trunk(nn.Module):
+    features: int
+    filters: int
+    keys: int
+
+    @nn.compact
+    def __call__(self, carry, x, reset):
+        """`x [T, D]`; `carry["past"]` holds a list of `[d, C]` for each TC block and `(keys, values)` for each head."""
+        before = steps_before(carry["time"], reset)
+        x = dense(self.filters)(x)
+        past = []
+        for convolutions, (keys, values) in carry["past"]:
+            kept = []
+            for inputs in convolutions:
+                rows = jnp.concatenate([inputs, x])
+                dilation = inputs.shape[0]
+                earlier = jnp.where((before >= dilation)[:, None], rows[: x.shape[0]], 0)
+                u, v = jnp.split(dense(2 * self.filters)(jnp.concatenate([earlier, x], axis=-1)), 2, axis=-1)
+                kept.append(keep(rows, before))
+                x = jnp.concatenate([x, jnp.tanh(u) * nn.sigmoid(v)], axis=-1)
+            mask = visible(before, keys.shape[0])
+            keys = jnp.concatenate([keys, dense(self.keys, bias=False)(x)])
+            values = jnp.concatenate([values, dense(self.filters)(x)])
+            scores = dense(self.keys)(x) @ keys.T / jnp.sqrt(self.keys)
+            x = jnp.concatenate([x, nn.softmax(jnp.where(mask, scores, -jnp.inf)) @ values], axis=-1)
+            past.append((kept, (keep(keys, before), keep(values, before))))
+        return {"time": before[-1] + 1, "past": past}, dense(self.features)(x)
+
+
+@dataclass(frozen=True)
+class SNAIL(Memory):
+    features: int
+    filters: int
+    keys: int
+    context: int
+
+    @property
+    def trunk(self) -> Trunk:
+        return Trunk(self.features, self.filters, self.keys)
+
+    def init(self, key: Key, inputs: int) -> Params:
+        return self.trunk.init(key, self.init_carry(), jnp.zeros((1, inputs)), jnp.zeros(1, bool))
+
+    def init_carry(self) -> Carry:
+        channels, past = self.filters, []
+        for _ in range(BLOCKS):
+            convolutions = []
+            for i in range(self.context.bit_length()):  # together they reach back 2^n - 1 >= context steps
+                convolutions.append(jnp.zeros((2**i, channels)))
+                channels += self.filters
+            past.append((convolutions, (jnp.zeros((self.context, self.keys)), jnp.zeros((self.context, self.filters)))))
+            channels += self.filters
+        return {"time": jnp.zeros((), int), "past": past}
+
+    def step(self, params: Params, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
+        carry, features = self.sequence(params, carry, x[None], jnp.zeros(1, bool))
+        return carry, features[0]
+
+    def sequence(self, params: Params, carry: Carry, x: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
+        result: Any = self.trunk.apply(params, carry, x, reset)
+        return result
+
+
+class SNAILSettings(MemorySettings):
+    features: int = setting("size of what it gives out", unit="units", ge=1)
+    filters: int = setting("channels that each block appends", unit="units", ge=1)
+    keys: int = setting("size of keys and queries", unit="units", ge=1)
+    context: int | None = setting("earlier steps to see; null: all those of a trial in training", unit="steps", ge=0)
+
+    def build(self, length: int) -> SNAIL:
+        return SNAIL(self.features, self.filters, self.keys, length - 1 if self.context is None else self.context)
