@@ -212,44 +212,14 @@ def _train(words: list[str]) -> int:
         _print_keys(config.compose(overrides, config_dir))
         return 0
     if "--multirun" in options:
-        return _sweep(overrides, config_dir)
+        from metarl_cli import sweep
+
+        return sweep.run(overrides, config_dir)
     composed = config.compose(overrides, config_dir)
     from metarl_cli import runner
 
     runner.train(composed)
     return 0
-
-
-def _sweep(overrides: list[str], config_dir: Path | None) -> int:
-    """Each run stands for itself: a failed one is reported and the next begins, unless the user interrupted it."""
-    from metarl_cli import config
-
-    codes = []
-
-    def job(overrides: list[str]) -> None:
-        print(f"\nRun {len(codes)}: {' '.join(overrides[:-1])}", flush=True)  # the last one is its directory
-        try:
-            composed = config.compose(overrides, config_dir)
-            import jax
-
-            from metarl_cli import runner
-
-            # A compiled program keeps memory mapped: those of 40 runs would exceed what Linux allows a process.
-            jax.clear_caches()
-            runner.train(composed)
-            codes.append(0)
-        except MetarlError as error:
-            codes.append(_report(error))
-            if codes[-1] > 128:  # ended by a signal
-                raise SystemExit(codes[-1]) from None
-
-    try:
-        config.sweep(overrides, config_dir, job)
-    except SystemExit:
-        return codes[-1]
-    failed = [str(number) for number, code in enumerate(codes) if code]
-    print(f"\n{len(codes)} runs, " + (f"failed: {', '.join(failed)}." if failed else "none failed."))
-    return max(codes, default=0)
 
 
 def _eval(words: list[str]) -> int:
