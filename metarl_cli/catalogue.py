@@ -12,7 +12,7 @@ from metarl_cli.core.errors import ConfigError, MetarlError
 Groups = dict[str, dict[str, Path]]  # {"algo": {"maml": .../algo/maml.yaml}, "algo/memory": ...}
 
 KINDS = {"algos": "algo", "envs": "env", "memories": "algo/memory"}  # what `metarl list` calls the groups
-_NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model"}
+_NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model", "sweep": "search space"}
 
 
 def noun(group: str) -> str:

@@ -38,8 +38,9 @@ usage: metarl train [-m] [--config-dir DIR] [KEY=VALUE ...]
 Trains a learner on a task family, evaluates it on held-out tasks and writes
 everything into a run directory, runs/<algo>_<env>/<time>.
 
-  -m, --multirun           one run for each combination of comma-separated
-                           values: metarl train -m seed=0,1 algo=maml,rl2
+  -m, --multirun           a sweep: one run for each combination of values,
+                           metarl train -m seed=0,1 algo=maml,rl2
+                           started again it goes on where it stopped
   --config-dir DIR         YAML files of your own, laid out like ours
                            (DIR/algo/mine.yaml), in addition to them
   -h, --help               this text; with overrides, every key of that config
@@ -65,6 +66,14 @@ Keys that are often set:
   env.horizon=50           steps of an episode (point_nav)
   env.k=10 env.n=100       arms, and pulls of a trial (bandit)
   hydra.run.dir=PATH       the run directory
+
+With -m also:
+  hydra/launcher=vmap      runs that differ in seeds and numbers as one program
+  hydra/launcher=joblib    in processes side by side
+  hydra/sweeper=optuna     a search: algo.lr=interval(1e-4,1e-2)
+  sweep=maml               a ready search space
+  metric=return_after      what is compared
+  hydra.sweep.dir=PATH     the directory of the sweep
 
 metarl train algo=maml --help lists every key with its unit, range and default.
 metarl list says what the choices are.

@@ -79,6 +79,7 @@ class TrainConfig(RunConfig):
     metric: Literal["trial_return", "return_before", "return_after"] = setting(
         "of the evaluation: what a sweep compares; of a trial, or of an episode before or after adaptation"
     )
+    figures: bool = setting("draw them at the end")
 
 
 class TuneSettings(Settings):

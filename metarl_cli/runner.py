@@ -36,6 +36,7 @@ from metarl_cli.logs import MetricsFile, Progress, log_to, plain, table, tell
 
 if TYPE_CHECKING:
     from metarl_cli.evaluation import Evaluation
+    from metarl_cli.optimality import Yardsticks
 
 CHUNK_SECONDS = 2.0  # what one call of train_chunk should take: Ctrl-C waits for its end
 SAVE_SECONDS = 20.0  # between checkpoints
@@ -327,7 +328,7 @@ class Point:
         self.scores.append((self.done, float(scores[self.config.metric].mean())))
         return result
 
-    def finish(self, check: Callable[[], None]) -> None:
+    def finish(self, check: Callable[[], None], known: Yardsticks) -> None:
         """The final evaluation, the table, the files."""
         from metarl_cli import evaluation, optimality
 
@@ -339,11 +340,12 @@ class Point:
                 state = self.best.learner
                 result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
         write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
-        found = result.summary() | optimality.compare(result, self.family, self.config.eval)
+        found = result.summary() | optimality.compare(result, self.family, self.config.eval, known)
         summary = {**self.result("completed"), "evaluation": {result.split: found}}
         write_json(self.run / "result.json", summary)
         print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
-        self.draw(result, summary["evaluation"][result.split]["curve"])
+        if self.config.figures:
+            self.draw(result, summary["evaluation"][result.split]["curve"])
         speed = summary["train"]
         tell(
             f"\nTrained {speed['steps'] * len(self.seeds):,} steps in {speed['wall_seconds']:.1f} s "
@@ -473,9 +475,10 @@ class Session:
         """Trains to the end, evaluates and writes the results."""
         with catch_signals(self.points[0].run) as check, memory_errors(self.points[0].composed):
             self.train(check)
+            known: Yardsticks = {}
             for point in self.alive():
                 with self.ends(point):
-                    point.finish(check)
+                    point.finish(check, known)
 
     @contextlib.contextmanager
     def ends(self, point: Point) -> Iterator[None]:

@@ -136,7 +136,9 @@ def check_same(composed: Composed) -> None:
     """Raises `RunError` where the directory holds a run with other settings."""
     there = configs.from_run(composed.run_dir, [], allowed=()).resolved
     old, new = dict(catalogue.leaves(there)), dict(catalogue.leaves(composed.resolved))
-    differ = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key != "device")
+    differ = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in ("device", "figures")
+    )
     if differ:
         problem = f"holds a run with other settings ({', '.join(differ)})"
         raise RunError(f"{composed.run_dir}: {problem}. Remove it, or name another directory: hydra.sweep.dir=PATH.")
