@@ -52,6 +52,7 @@ T = TypeVar("T")
 _RESOLVERS = {"hydra", "now", "oc.select", "python_version"}
 _HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper", "hydra.launcher")
 _HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+_EXTRAS = ("joblib",)  # launchers that are installed separately
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -378,6 +379,7 @@ def sweep(
         lines = [*_search_path(config_dir), *overrides]
         if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed):
             name = file_name([str(override.input_line) for override in parsed if not override.is_hydra_override()])
+            name = name or "default"
             lines.append(f"hydra.sweep.dir={_quote(f'runs/sweeps/{name}')}")
         with _hydra_errors(known):
             config = hydra.compose_config("train", lines, RunMode.MULTIRUN)
@@ -746,7 +748,8 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         problem = f"no such {catalogue.noun(group)}"
-        raise ConfigError(group, name, problem, allowed=error.options or known.get(group)) from None
+        hint = f"It comes with pip install 'metarl[{name}]'." if name in _EXTRAS else ""
+        raise ConfigError(group, name, problem, allowed=error.options or known.get(group), hint=hint) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"

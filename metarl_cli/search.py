@@ -126,6 +126,15 @@ class Search:
         return {key: s.outward(float(x)) for key, s, x in zip(self.space, scales, drawn, strict=True)}
 
 
+def check_library() -> None:
+    """Raises `ConfigError` where Optuna is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("optuna") is None:
+        hint = "It comes with pip install 'metarl[optuna]'."
+        raise ConfigError("hydra/sweeper", "optuna", "the package is not installed", hint=hint)
+
+
 def study(storage: str, direction: Any) -> Study:
     import optuna
 

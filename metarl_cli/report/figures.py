@@ -158,15 +158,17 @@ def sweep(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         if numbers:
             values.sort()
             place_of = {value: value for value in values}
-            if values[0] > 0 and values[-1] > 20 * values[0]:
+            if values[0] > 0 and values[-1] >= 10 * values[0]:
                 axes.set_xscale("log")
+            else:
+                axes.locator_params(axis="x", nbins=4)
         else:
             place_of = {value: i for i, value in enumerate(values)}
             axes.set_xticks(range(len(values)), [str(value) for value in values], rotation=30 if len(values) > 4 else 0)
         means = [float(np.mean([y for value, y in pairs if value == x])) for x in values]
         axes.scatter([place_of[x] for x, _ in pairs], [y for _, y in pairs], s=9, color=BLUE, alpha=0.5, linewidths=0)
         if len(pairs) > len(values) > 1:  # else every mean is a single run
-            axes.plot([place_of[x] for x in values], means, color=BLUE, zorder=3)
+            axes.plot([place_of[x] for x in values], means, color=BLUE, marker="o", markersize=3, zorder=3)
         axes.set_xlabel(name)
         if place % columns == 0:
             axes.set_ylabel(metric.replace("_", " "))

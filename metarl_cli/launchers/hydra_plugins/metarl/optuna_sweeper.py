@@ -47,6 +47,7 @@ class OptunaSweeper(Sweeper):
         """
         from metarl_cli import search
 
+        search.check_library()
         params = [f"{key}={value}" for key, value in self.settings["params"].items()]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = {override.key_or_group: override for override in parser.parse_overrides([*params, *arguments])}
