@@ -17,7 +17,13 @@ KINDS = {
     "memories": "algo/memory",
     "experiments": "experiment",
 }  # what `metarl list` calls the groups
-_NOUNS = {"algo": "algorithm", "env": "task family", "algo/memory": "memory model", "experiment": "experiment"}
+_NOUNS = {
+    "algo": "algorithm",
+    "env": "task family",
+    "algo/memory": "memory model",
+    "experiment": "experiment",
+    "sweep": "search space",
+}
 
 
 def noun(group: str) -> str:

@@ -42,8 +42,9 @@ usage: metarl train [-m] [--config-dir DIR] [KEY=VALUE ...]
 Trains a learner on a task family, evaluates it on held-out tasks and writes
 everything into a run directory, runs/<algo>_<env>/<time>.
 
-  -m, --multirun           one run for each combination of comma-separated
-                           values: metarl train -m seed=0,1 algo=maml,rl2
+  -m, --multirun           a sweep: one run for each combination of values,
+                           metarl train -m seed=0,1 algo=maml,rl2
+                           started again it goes on where it stopped
   --config-dir DIR         YAML files of your own, laid out like ours
                            (DIR/algo/mine.yaml), in addition to them
   -h, --help               this text; with overrides, every key of that config
@@ -69,6 +70,14 @@ Keys that are often set:
   env.horizon=50           steps of an episode (point_nav)
   env.k=10 env.n=100       arms, and pulls of a trial (bandit)
   hydra.run.dir=PATH       the run directory
+
+With -m also:
+  hydra/launcher=vmap      runs that differ in seeds and numbers as one program
+  hydra/launcher=joblib    in processes side by side
+  hydra/sweeper=optuna     a search: algo.lr=interval(1e-4,1e-2)
+  sweep=maml               a ready search space
+  metric=return_after      what is compared
+  hydra.sweep.dir=PATH     the directory of the sweep
 
 metarl train algo=maml --help lists every key with its unit, range and default.
 metarl list says what the choices are.
@@ -284,44 +293,14 @@ def _train(words: list[str]) -> int:
         _print_keys(config.compose(overrides, config_dir))
         return 0
     if "--multirun" in options:
-        return _sweep(overrides, config_dir)
+        from metarl_cli import sweep
+
+        return sweep.run(overrides, config_dir)
     composed = config.compose(overrides, config_dir)
     from metarl_cli import runner
 
     runner.train(composed)
     return 0
-
-
-def _sweep(overrides: list[str], config_dir: Path | None) -> int:
-    """Each run stands for itself: a failed one is reported and the next begins, unless the user interrupted it."""
-    from metarl_cli import config
-
-    codes = []
-
-    def job(overrides: list[str]) -> None:
-        print(f"\nRun {len(codes)}: {' '.join(overrides[:-1])}", flush=True)  # the last one is its directory
-        try:
-            composed = config.compose(overrides, config_dir)
-            import jax
-
-            from metarl_cli import runner
-
-            # A compiled program keeps memory mapped: those of 40 runs would exceed what Linux allows a process.
-            jax.clear_caches()
-            runner.train(composed)
-            codes.append(0)
-        except MetarlError as error:
-            codes.append(_report(error))
-            if codes[-1] > 128:  # ended by a signal
-                raise SystemExit(codes[-1]) from None
-
-    try:
-        config.sweep(overrides, config_dir, job)
-    except SystemExit:
-        return codes[-1]
-    failed = [str(number) for number, code in enumerate(codes) if code]
-    print(f"\n{len(codes)} runs, " + (f"failed: {', '.join(failed)}." if failed else "none failed."))
-    return max(codes, default=0)
 
 
 def _eval(words: list[str]) -> int:

@@ -19,6 +19,7 @@ environment or decode text do not exist while a config is composed and resolved.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RESOLVERS = {"hydra", "now", "oc.select", "python_version"}
-_HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
+_HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper", "hydra.launcher")
 _HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
+_EXTRAS = ("joblib",)  # launchers that are installed separately
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -75,6 +77,10 @@ class TrainConfig(RunConfig):
 
     iterations: int = setting("length of the training", unit="meta-iterations", ge=0)
     log_every: int = setting("meta-iterations averaged in one line of metrics.jsonl", ge=1)
+    metric: Literal["trial_return", "return_before", "return_after"] = setting(
+        "of the evaluation: what a sweep compares; of a trial, or of an episode before or after adaptation"
+    )
+    figures: bool = setting("draw them at the end")
 
 
 class TuneSettings(Settings):
@@ -348,13 +354,53 @@ def build_family(config: RunConfig) -> TaskFamily:
     return family
 
 
-def sweep(overrides: Sequence[str], config_dir: Path | None, job: Callable[[list[str]], object]) -> None:
-    """Runs several configs one after the other, through Hydra's sweeper and launcher (`metarl train -m`).
+class Points(Generic[T]):
+    """What Hydra's launchers call for one point of a sweep, and ours for several at once; it may go to another process.
+
+    Args:
+        job: trains points, each given by its overrides, its `hydra.run.dir` among them; its other argument is the
+            section `hydra` of the config.
+        directory: of the sweep.
+        keys: what is swept: the names of the points.
+    """
+
+    def __init__(self, job: Callable[[list[list[str]], DictConfig], list[T]], directory: Path, keys: Sequence[str]):
+        self.job, self.directory, self.keys = job, directory, keys
+
+    def __call__(self, _: DictConfig) -> T:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        return self.together([list(hydra.overrides.task)], hydra)[0]
+
+    def together(self, points: Sequence[Sequence[str]], hydra: Any) -> list[T]:
+        return self.job(
+            [[*point, f"hydra.run.dir={_quote(str(self.directory / self.name(point)))}"] for point in points], hydra
+        )
+
+    def name(self, point: Sequence[str]) -> str:
+        return file_name([line for line in point if line.partition("=")[0].lstrip("+") in self.keys]) or "point"
+
+
+def file_name(overrides: Sequence[str]) -> str:
+    """Overrides as the name of a file; where it had to be changed or cut, a checksum tells it from similar ones."""
+    text = ",".join(overrides)
+    name = re.sub(r"[^\w.,=+-]+", "-", text)
+    return name if name == text and len(name) <= 120 else f"{name[:110]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def sweep(
+    overrides: Sequence[str], config_dir: Path | None, job: Callable[[list[list[str]], DictConfig], list[T]]
+) -> tuple[Path, list[T]]:
+    """Runs several configs through Hydra's sweeper and launcher (`metarl train -m`).
 
     Every value is tried first, so that a mistake in the last of them shows before the first starts.
 
     Args:
-        job: called with the overrides of one run, its `hydra.run.dir` among them.
+        job: see `Points`.
+
+    Returns:
+        The directory of the sweep, by default one that is named by the overrides, and what `job` returned.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -372,21 +418,29 @@ def sweep(overrides: Sequence[str], config_dir: Path | None, job: Callable[[list
                 )
         for single in _each_value(parsed):
             compose(single, config_dir)
-
-        def task(_: DictConfig) -> None:
-            this = HydraConfig.get()
-            directory = Path(this.runtime.output_dir)
-            # Hydra has made it already; a mistake in this run should leave none behind.
-            with suppress(OSError):
-                directory.rmdir()
-            if directory.is_relative_to(Path.cwd()):
-                directory = directory.relative_to(Path.cwd())
-            job([*this.overrides.task, f"hydra.run.dir={_quote(str(directory))}"])
-
         lines = [*_search_path(config_dir), *overrides]
+        if not any(override.key_or_group == "hydra.sweep.dir" for override in parsed):
+            name = file_name([str(override.input_line) for override in parsed if not override.is_hydra_override()])
+            name = name or "default"
+            lines.append(f"hydra.sweep.dir={_quote(f'runs/sweeps/{name}')}")
         with _hydra_errors(known):
-            _check_hydra(hydra.compose_config("train", lines, RunMode.MULTIRUN))
-        hydra.multirun("train", task, lines, with_log_configuration=False)
+            config = hydra.compose_config("train", lines, RunMode.MULTIRUN)
+        _check_hydra(config)
+        HydraConfig.instance().set_config(config)
+        directory = Path(_resolve(config, "hydra.sweep.dir")).expanduser()
+        given = {override.key_or_group for override in parsed}
+        params = {key: value for key, value in (config.hydra.sweeper.get("params") or {}).items() if key not in given}
+        space = [_parse(f"{key}={value}", known, hydra) for key, value in params.items()]
+        for single in _each_value([*parsed, *space]) if space else ():
+            compose(single, config_dir)
+        swept = [override for override in (*parsed, *space) if override.is_sweep_override()]
+        for override in swept:
+            if override.is_interval_sweep() and config.hydra.sweeper._target_.startswith("hydra._internal."):
+                problem = "an interval has no end of values"
+                raise ConfigError(override.key_or_group, _text(override), problem, hint="Add hydra/sweeper=optuna.")
+        points = Points(job, directory, [override.get_key_element().lstrip("+") for override in swept])
+        returned = hydra.multirun("train", points, lines, with_log_configuration=False)
+    return directory, [point.return_value for batch in returned for point in batch]
 
 
 def rows(composed: Composed) -> Iterator[Row]:
@@ -740,7 +794,8 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         problem = f"no such {catalogue.noun(group)}"
-        raise ConfigError(group, name, problem, allowed=error.options or known.get(group)) from None
+        hint = f"It comes with pip install 'metarl[{name}]'." if name in _EXTRAS else ""
+        raise ConfigError(group, name, problem, allowed=error.options or known.get(group), hint=hint) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
@@ -853,12 +908,15 @@ def _raw(config: DictConfig, key: str) -> str:
 
 
 def _each_value(parsed: list[Override]) -> Iterator[list[str]]:
-    """Configs in which every value of a sweep occurs at least once."""
+    """Configs in which every value of a sweep occurs at least once, of an interval its ends."""
     lines: list[list[str]] = []
     for override in parsed:
         if override.is_discrete_sweep():
             values = override.sweep_string_iterator()
             lines.append([f"{override.get_key_element()}={value}" for value in values])
+        elif override.is_interval_sweep():
+            interval: Any = override.value()
+            lines.append([f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)])
         elif not override.is_sweep_override():
             lines.append([str(override.input_line)])
     yield [choices[0] for choices in lines]

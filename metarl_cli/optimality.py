@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from metarl_cli import evaluation
 from metarl_cli.core.interfaces import TaskFamily
@@ -10,10 +12,26 @@ from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.statistics import summarise
 
 if TYPE_CHECKING:
+    from metarl_cli.baselines.optimum import Optimum
     from metarl_cli.evaluation import Evaluation
 
 
-def compare(result: Evaluation, family: TaskFamily, settings: EvalSettings) -> dict[str, Any]:
+class Yardstick(NamedTuple):
+    """The best learner, and the trial returns of chance `[1, N]`: on the same tasks, and on more where they are few."""
+
+    best: Optimum
+    same: np.ndarray
+    expected: np.ndarray
+
+
+Yardsticks = dict[
+    tuple[int, EvalSettings, int], "Yardstick | None"
+]  # by the identity of the family and the episodes of a trial
+
+
+def compare(
+    result: Evaluation, family: TaskFamily, settings: EvalSettings, known: Yardsticks | None = None
+) -> dict[str, Any]:
     """What `result.json` holds under `evaluation.<split>.optimum`; nothing where no optimum is known.
 
     `value` is the expected trial return of the best learner (null where it is not computed) and `method` how it was
@@ -21,18 +39,41 @@ def compare(result: Evaluation, family: TaskFamily, settings: EvalSettings) -> d
     gained over chance on the same tasks, which takes most of the luck with the tasks out, over what the best learner gains
     in expectation. `share_ci_low` and `share_ci_high` are its 95 % interval; what is left of the luck can carry it a little
     beyond 1. It is null where chance is as good as it gets.
+
+    Args:
+        known: yardsticks that were found before, and to which this one is added.
     """
+    known = {} if known is None else known
+    key = (id(family), settings, result.returns.shape[2] * result.returns.shape[3])
+    if key not in known:
+        known[key] = yardstick(family, settings, key[2])
+    if (found := known[key]) is None:
+        return {}
+    best, same, expected = found
+    optimum = best.as_dict()
+    if best.value is None:
+        return {"optimum": optimum}
+    random, error = float(expected.mean()), float(expected.std()) / max(1, expected.size - 1) ** 0.5
+    gap = best.value - random
+    optimum |= {"random": random, "share": None}
+    if gap > 3 * error + 1e-6 * abs(best.value):
+        share = summarise((result.trial_return - same) / gap)
+        optimum |= {"share": share["mean"], "share_ci_low": share["ci_low"], "share_ci_high": share["ci_high"]}
+    return {"optimum": optimum}
+
+
+def yardstick(family: TaskFamily, settings: EvalSettings, episodes: int) -> Yardstick | None:
+    """None where no optimum is known."""
     from metarl_cli.baselines.generic import Random
     from metarl_cli.baselines.optimum import optimum
     from metarl_cli.core.rollout import spaces
 
-    episodes = result.returns.shape[2] * result.returns.shape[3]
-    best = optimum(family, evaluation.choose_tasks(family, settings), result.split, episodes)
+    best = optimum(family, evaluation.choose_tasks(family, settings), settings.split, episodes)
     if best is None:
-        return {}
-    found = best.as_dict()
+        return None
+    nothing = np.zeros((1, 0))
     if best.value is None:
-        return {"optimum": found}
+        return Yardstick(best, nothing, nothing)
 
     def chance(**changes: Any) -> Any:
         own = settings.model_copy(update={"episodes": episodes, **changes})
@@ -41,13 +82,7 @@ def compare(result: Evaluation, family: TaskFamily, settings: EvalSettings) -> d
     same = expected = chance()
     if settings.tasks is not None and not best.of_tasks:  # they may be few: what is expected of chance takes more
         expected = chance(tasks=None)
-    random, error = float(expected.mean()), float(expected.std()) / max(1, expected.size - 1) ** 0.5
-    gap = best.value - random
-    found |= {"random": random, "share": None}
-    if gap > 3 * error + 1e-6 * abs(best.value):
-        share = summarise((result.trial_return - same) / gap)
-        found |= {"share": share["mean"], "share_ci_low": share["ci_low"], "share_ci_high": share["ci_high"]}
-    return {"optimum": found}
+    return Yardstick(best, same, expected)
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 
+from metarl_cli import catalogue
 from metarl_cli.config import Composed, RunConfig, TrainConfig, build, diagnosis, from_run, save
 from metarl_cli.core.errors import ConfigError, MetarlError, Misfit, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
@@ -34,6 +36,7 @@ from metarl_cli.logs import MetricsFile, Progress, log_to, plain, say, table, te
 
 if TYPE_CHECKING:
     from metarl_cli.evaluation import Evaluation
+    from metarl_cli.optimality import Yardsticks
 
 CHUNK_SECONDS = 2.0  # what one call of train_chunk should take: Ctrl-C waits for its end
 SAVE_SECONDS = 20.0  # between checkpoints
@@ -74,7 +77,7 @@ def train(composed: Composed) -> Path:
     with RunLock(run), log_to(run, console) as log:
         save(composed, run)
         log.debug("metarl train %s", " ".join(composed.overrides))
-        Session(run, composed, learner, family, console).go_on()
+        Session([Point(run, composed, learner, family, console)], console).go_on()
     return run
 
 
@@ -87,7 +90,7 @@ def resume(run: Path, overrides: list[str]) -> Path:
     from metarl_cli.checkpoint import RunLock
 
     with RunLock(run), log_to(run, console) as log:
-        session = Session(run, composed, learner, family, console)
+        session = Session([Point(run, composed, learner, family, console)], console)
         session.restore()
         save(composed, run)
         log.info(f"resuming {run} at iteration {session.done} of {composed.config.iterations}")
@@ -200,6 +203,13 @@ def load(run: str | Path, checkpoint: Literal["last", "best"] = "last") -> Loade
     return LoadedRun(run, composed.config, learner, family, state, result, MetricsFile(run).read())
 
 
+Prune = Callable[[list["Point"]], dict["Point", str]]
+
+
+class Pruned(MetarlError):
+    """A point of a sweep that was not worth going on with."""
+
+
 class Best(NamedTuple):
     """Of each seed the state with the highest mean trial return, as it was when it was scored."""
 
@@ -215,26 +225,32 @@ class Checkpoint(NamedTuple):
     best: Best | None  # with eval.every only
 
 
-class Session:
-    """A run while it is being trained."""
+class Point:
+    """A run while it is being trained, alone or beside others: what is its own. `Session` trains it."""
+
+    state: Any  # TrainState, as it was when the session handed it out
 
     def __init__(self, run: Path, composed: Composed, learner: MetaLearner, family: TaskFamily, console: Console):
-        from metarl_cli import training
-
         self.run, self.composed, self.learner, self.family, self.console = run, composed, learner, family, console
         self.config = composed.config
         self.seeds = seed_list(self.config)
-        self.state = training.init(learner, family, self.seeds)
-        self.best = untried(self.state.learner, len(self.seeds)) if self.config.eval.every else None
+        self.best: Best | None = None
         self.metrics = MetricsFile(run)
+        self.error: MetarlError | None = None  # what ended it before its time
+        self.scores: list[tuple[int, float]] = []  # the metric so far, by meta-iteration: of evaluations, else of training
         self.done = 0
         self.steps = 0  # environment steps per seed
         self.compile_seconds = self.train_seconds = 0.0
         self.trained_steps = 0  # in this process, for the speed
+        self.together = 1  # runs in the program
         self.started = time.monotonic()
         self.seconds_before = 0.0  # of the processes that were interrupted
-        self.saved = time.monotonic()
         self.reported: set[int] = set()
+
+    def begin(self, state: Any) -> None:
+        """With the state before the first meta-iteration."""
+        self.state = state
+        self.best = untried(state.learner, len(self.seeds)) if self.config.eval.every else None
 
     def restore(self) -> None:
         """From the last checkpoint, if there was time for one; the metrics are cut back to it."""
@@ -267,54 +283,8 @@ class Session:
         path = self.run / "result.json"
         return path.exists() and json.loads(path.read_text(encoding="utf-8"))["train"]["iterations"] == self.done
 
-    def go_on(self) -> None:
-        """Trains to the end, evaluates and writes the result."""
-        with catch_signals(self.run) as check:
-            self.train(check)
-            self.finish(check)
-
-    def train(self, check: Callable[..., None]) -> None:
-        import jax
-        import jax.numpy as jnp
-
-        from metarl_cli import training
-
-        total, log_every, every = self.config.iterations, self.config.log_every, self.config.eval.every
-        if self.done >= total:
-            return
-        with Progress(total, self.console) as progress:
-            progress.status("compiling")
-            began = time.monotonic()
-            args = (self.learner, self.family)
-            counts = (jnp.asarray(1), jnp.asarray(total), jnp.asarray(log_every))
-            # Saves a fifth of the compile time or more at the same speed: on a CPU the matrix products are not LLVM's.
-            options: Any = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
-            chunk = training.train_chunk.lower(self.state, *args, *counts).compile(options)
-            self.compile_seconds = time.monotonic() - began
-            length = 1
-            while self.done < total:
-                check(self.save)
-                n = min(length, total - self.done, training.ROWS * log_every - self.done % log_every)
-                if every:
-                    n = min(n, every - self.done % every)
-                began = time.monotonic()
-                self.state, rows = chunk(self.state, *args, jnp.asarray(n), *counts[1:])
-                rows = {name: jnp.asarray(x) for name, x in rows.items()}
-                failed = self.state.failed_at.tolist()  # waits for the chunk
-                seconds = time.monotonic() - began
-                self.train_seconds += seconds
-                self.write_rows(rows, n, seconds, progress)
-                self.report_failures(failed)
-                # Doubled at most: the first chunk's time says little.
-                length = max(1, min(2 * length, int(CHUNK_SECONDS * n / seconds)))
-                if every and self.done % every == 0 and self.done < total:
-                    progress.status("evaluating")
-                    self.evaluate()
-                if time.monotonic() - self.saved > SAVE_SECONDS:
-                    self.save()
-            self.save()
-
-    def write_rows(self, rows: dict[str, Any], n: int, seconds: float, progress: Progress) -> None:
+    def write_rows(self, rows: dict[str, Any], n: int, seconds: float) -> int:
+        """Writes the windows that a chunk of n meta-iterations closed, `{name: [ROWS, S]}`. Returns how many."""
         import numpy as np
 
         log_every = self.config.log_every
@@ -336,21 +306,19 @@ class Session:
                 }
             )
         self.done += n
-        if last > first:
-            self.trained_steps += int(rows["steps"].sum())
-            alive = np.isfinite(rows["return_before"][-1])  # a failed seed has no numbers
-            before, after = (
-                float(rows[name][-1][alive].mean()) if alive.any() else float("nan")
-                for name in ("return_before", "return_after")
-            )
-            progress.update(self.done, before, after, rate)
+        self.train_seconds += seconds
+        self.trained_steps += int(rows["steps"].sum())
+        if not self.config.eval.every:
+            closed = [min((first + row + 1) * log_every, self.config.iterations) for row in range(last - first)]
+            self.scores += zip(closed, rows[self.config.metric].mean(1).tolist(), strict=True)
+        return last - first
 
     def seconds(self) -> float:
         """That the run has taken, without what was lost between its last line of metrics and an interruption."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def report_failures(self, failed_at: list[int]) -> None:
-        """Raises `Diverged` if no seed is left."""
+    def report_failures(self, failed_at: list[int], failed_by: list[int]) -> Diverged | None:
+        """Of each seed once. Returns what ends the run, if no seed is left."""
         from metarl_cli.training import quantities
 
         names = quantities(self.state)
@@ -358,23 +326,21 @@ class Session:
             if at >= 0 and i not in self.reported:
                 self.reported.add(i)
                 logging.getLogger("metarl").warning(
-                    f"seed {self.seeds[i]}: {names[int(self.state.failed_by[i])]} turned NaN or infinite in meta-iteration "
+                    f"seed {self.seeds[i]}: {names[failed_by[i]]} turned NaN or infinite in meta-iteration "
                     f"{at + 1}; its last good state is kept."
                 )
-        if all(at >= 0 for at in failed_at):
-            self.save()
-            write_json(self.run / "result.json", self.result("diverged"))
-            raise Diverged(
-                f"Training diverged: {names[int(self.state.failed_by[0])]} turned NaN or infinite in meta-iteration "
-                f"{failed_at[0] + 1} (seed {self.seeds[0]}). The last good state is in {self.run / 'checkpoints'}. "
-                "A smaller algo.lr, algo.inner_lr or algo.max_grad_norm may help."
-            )
+        if any(at < 0 for at in failed_at):
+            return None
+        return Diverged(
+            f"Training diverged: {names[failed_by[0]]} turned NaN or infinite in meta-iteration "
+            f"{failed_at[0] + 1} (seed {self.seeds[0]}). The last good state is in {self.run / 'checkpoints'}. "
+            "A smaller algo.lr, algo.inner_lr or algo.max_grad_norm may help."
+        )
 
     def save(self) -> None:
         from metarl_cli import checkpoint
 
         checkpoint.save(self.run, "last", self.done, Checkpoint(self.state, self.best))
-        self.saved = time.monotonic()
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
         """The present state; with `eval.every` it is scored, and each seed keeps its own best."""
@@ -400,9 +366,10 @@ class Session:
         # A run that was killed after its last evaluation, but before its end, evaluates once more when it is resumed.
         if not any("evaluation" in row and row["iteration"] == self.done for row in self.metrics.read()):
             self.metrics.write({"iteration": self.done, "evaluation": {"split": result.split, **scores}})
+        self.scores.append((self.done, float(scores[self.config.metric].mean())))
         return result
 
-    def finish(self, check: Callable[[], None]) -> None:
+    def finish(self, check: Callable[[], None], known: Yardsticks) -> None:
         """The final evaluation, the table, the files."""
         from metarl_cli import evaluation, optimality
 
@@ -414,11 +381,12 @@ class Session:
                 state = self.best.learner
                 result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
         write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
-        found = result.summary() | optimality.compare(result, self.family, self.config.eval)
+        found = result.summary() | optimality.compare(result, self.family, self.config.eval, known)
         summary = {**self.result("completed"), "evaluation": {result.split: found}}
         write_json(self.run / "result.json", summary)
         print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
-        self.draw(result, summary["evaluation"][result.split]["curve"])
+        if self.config.figures:
+            self.draw(result, summary["evaluation"][result.split]["curve"])
         speed = summary["train"]
         tell(
             f"\nTrained {speed['steps'] * len(self.seeds):,} steps in {speed['wall_seconds']:.1f} s "
@@ -478,6 +446,7 @@ class Session:
             "overrides": self.composed.overrides,
             "train": {
                 "iterations": self.done,
+                "runs": self.together,
                 "steps": self.steps,
                 "steps_per_second": self.trained_steps / max(self.train_seconds, 1e-9),
                 "compile_seconds": self.compile_seconds,
@@ -486,6 +455,210 @@ class Session:
             "best": best,
             **provenance(),
         }
+
+
+class Session:
+    """Training: one run, or several of the same structure that have come equally far, as one program.
+
+    Args:
+        points: the runs. What ends one of several before its time stands in its `error`, and the others go on; where there
+            is only one, it is raised.
+        prune: called with the points after each chunk; names those that are not worth going on with, and why.
+    """
+
+    def __init__(self, points: list[Point], console: Console, prune: Prune = lambda points: {}):
+        from metarl_cli import training
+
+        self.console, self.prune, self.config = console, prune, points[0].config
+        self.alone = len(points) == 1
+        self.arrange(points)
+        seeds = [seed for point in points for seed in point.seeds]
+        self.state = training.init(self.learner, self.family, seeds, self.swept)
+        for point, state in zip(points, training.split(self.state, self.sizes), strict=True):
+            point.together = len(points)
+            point.begin(state)
+        self.done = 0
+        self.compile_seconds = 0.0
+        self.saved, self.save_seconds = time.monotonic(), 0.0
+
+    def arrange(self, points: list[Point]) -> None:
+        """Side by side on the axis of seeds."""
+        from metarl_cli import training
+
+        self.points, self.sizes = points, [len(point.seeds) for point in points]
+        pairs = [(point.learner, point.family) for point in points]
+        self.learner, self.family, self.swept = training.together(pairs, self.sizes)
+
+    def take_up(self) -> None:
+        """The states that the runs have."""
+        from metarl_cli import training
+
+        self.state = training.join([point.state for point in self.points])
+
+    def restore(self) -> None:
+        for point in self.points:
+            point.restore()
+        self.take_up()
+        self.done = self.points[0].done
+
+    def alive(self) -> list[Point]:
+        return [point for point in self.points if point.error is None]
+
+    def hand_out(self) -> None:
+        """To each run that goes on its own part of the state."""
+        from metarl_cli import training
+
+        for point, state in zip(self.points, training.split(self.state, self.sizes), strict=True):
+            if point.error is None:
+                point.state = state
+
+    def go_on(self) -> None:
+        """Trains to the end, evaluates and writes the results."""
+        with catch_signals(self.points[0].run) as check, memory_errors(self.points[0].composed):
+            self.train(check)
+            known: Yardsticks = {}
+            for point in self.alive():
+                with self.ends(point):
+                    point.finish(check, known)
+
+    @contextlib.contextmanager
+    def ends(self, point: Point) -> Iterator[None]:
+        """What is wrong with one of several runs is no matter of the others; what is said of it goes into its own log."""
+        if self.alone:
+            yield
+            return
+        with log_to(point.run, Console(quiet=True)):
+            try:
+                yield
+            except Interrupted:
+                raise
+            except MetarlError as error:
+                point.error = error
+                point.metrics.close()
+
+    def train(self, check: Callable[..., None]) -> None:
+        import jax.numpy as jnp
+
+        from metarl_cli import training
+
+        total, log_every, every = self.config.iterations, self.config.log_every, self.config.eval.every
+        if self.done >= total:
+            return
+        with Progress(total, self.console) as progress:
+            progress.status("compiling")
+            chunk = self.compile()
+            length = 1
+            while self.done < total and self.alive():
+                check(self.save)
+                n = min(length, total - self.done, training.ROWS * log_every - self.done % log_every)
+                if every:
+                    n = min(n, every - self.done % every)
+                began = time.monotonic()
+                self.state, rows = chunk(self.state, jnp.asarray(n))
+                rows = {name: jnp.asarray(x) for name, x in rows.items()}
+                failed = self.state.failed_at.tolist()  # waits for the chunk
+                seconds = time.monotonic() - began
+                self.write_rows(rows, n, seconds, progress)
+                self.report_failures(failed)
+                # Doubled at most: the first chunk's time says little.
+                length = max(1, min(2 * length, int(CHUNK_SECONDS * n / seconds)))
+                if every and self.done % every == 0 and self.done < total:
+                    progress.status("evaluating")
+                    self.hand_out()
+                    for point in self.alive():
+                        with self.ends(point):
+                            point.evaluate()
+                if self.done < total:
+                    self.end([(point, Pruned(why)) for point, why in self.prune(self.alive()).items()], "pruned")
+                    if self.pays_to_shrink(seconds / n):
+                        progress.status("compiling")
+                        chunk = self.shrink()
+                # Where the states of many runs take long to write, it is done more seldom.
+                if time.monotonic() - self.saved > max(SAVE_SECONDS, 10 * self.save_seconds):
+                    self.save()
+            self.save()
+
+    def compile(self) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """`(state, n) -> (state, rows)`, n meta-iterations of all runs."""
+        import jax
+        import jax.numpy as jnp
+
+        from metarl_cli import training
+
+        began = time.monotonic()
+        args = (self.learner, self.family)
+        counts = (jnp.asarray(self.config.iterations), jnp.asarray(self.config.log_every), self.swept)
+        # Saves a fifth of the compile time or more at the same speed: on a CPU the matrix products are not LLVM's.
+        options: Any = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
+        chunk = training.train_chunk.lower(self.state, *args, jnp.asarray(1), *counts).compile(options)
+        self.compile_seconds = time.monotonic() - began
+        for point in self.points:
+            point.compile_seconds += self.compile_seconds
+        check_memory(chunk, self.points[0].composed)
+        return lambda state, n: chunk(state, *args, n, *counts)
+
+    def write_rows(self, rows: dict[str, Any], n: int, seconds: float, progress: Progress) -> None:
+        import numpy as np
+
+        host = {name: np.asarray(x) for name, x in rows.items()}
+        before, after, steps = [], [], 0
+        for point, part in self.parts():
+            own = {name: x[:, part] for name, x in host.items()}
+            with self.ends(point):
+                closed = point.write_rows(own, n, seconds)
+                if closed:
+                    before += own["return_before"][closed - 1].tolist()
+                    after += own["return_after"][closed - 1].tolist()
+                    steps += int(own["steps"].sum())
+        self.done += n
+        if before:
+            means = (np.mean(x, where=np.isfinite(x)) if np.any(np.isfinite(x)) else np.nan for x in (before, after))
+            progress.update(self.done, *map(float, means), steps / seconds)
+
+    def parts(self) -> list[tuple[Point, slice]]:
+        """The runs that go on, and where on the axis of seeds each stands."""
+        ends = itertools.accumulate(self.sizes)
+        parts = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [(point, part) for point, part in zip(self.points, parts, strict=True) if point.error is None]
+
+    def report_failures(self, failed_at: list[int]) -> None:
+        """A run without a seed that is left ends; the others go on."""
+        if any(at >= 0 for at in failed_at):
+            failed_by = self.state.failed_by.tolist()
+            errors = [(point, point.report_failures(failed_at[part], failed_by[part])) for point, part in self.parts()]
+            self.end([(point, error) for point, error in errors if error is not None], "diverged")
+
+    def end(self, points: list[tuple[Point, MetarlError]], status: str) -> None:
+        """Ends some of the runs in the state that they have."""
+        if points:
+            self.hand_out()
+        for point, error in points:
+            with self.ends(point):
+                point.save()
+                write_json(point.run / "result.json", point.result(status) | {"message": str(error)})
+                raise error
+
+    def pays_to_shrink(self, iteration_seconds: float) -> bool:
+        """Whether a smaller program, without the runs that have ended, would save more time than it takes to compile."""
+        left = len(self.alive()) / len(self.points)
+        return (
+            0 < left <= 0.5 and (1 - left) * iteration_seconds * (self.config.iterations - self.done) > self.compile_seconds
+        )
+
+    def shrink(self) -> Callable[[Any, Any], tuple[Any, Any]]:
+        self.hand_out()
+        self.arrange(self.alive())
+        self.take_up()
+        return self.compile()
+
+    def save(self) -> None:
+        began = time.monotonic()
+        self.hand_out()
+        for point in self.alive():
+            with self.ends(point):
+                point.save()
+        self.saved = time.monotonic()
+        self.save_seconds = self.saved - began
 
 
 def untried(learner: Any, seeds: int) -> Best:
@@ -576,6 +749,66 @@ def catch_signals(run: Path) -> Iterator[Any]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+# --- memory
+
+
+class OutOfMemory(MetarlError):
+    """Names the settings that decide how much memory a run takes."""
+
+    def __init__(self, composed: Composed, problem: str):
+        known = dict(catalogue.leaves(composed.resolved))
+        lower = [key for key in ("seeds", "algo.meta_batch", "algo.episodes", "env.horizon", "env.n") if known.get(key)]
+        lower += ["algo.task_batch=1"] if "algo.task_batch" in known and known["algo.task_batch"] != 1 else []
+        now = ", ".join(f"{key}={known[key]}" if "=" not in key else f"or take {key}" for key in lower)
+        more = f", or raise algo.minibatches={known['algo.minibatches']}" if "algo.minibatches" in known else ""
+        super().__init__(f"{problem} Lower one of {now}{more}; for the evaluation eval.tasks and eval.episodes.")
+
+
+def check_memory(program: Any, composed: Composed) -> None:
+    """Raises `OutOfMemory` where the compiled program would not fit: before it runs, and the system ends what it likes."""
+    import jax
+
+    sizes = program.memory_analysis()
+    if sizes is None:  # this backend does not know
+        return
+    needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    free = free_memory(jax.config.jax_default_device or jax.devices()[0])  # type: ignore[attr-defined]
+    logging.getLogger("metarl").debug(f"the program needs {needed / 1e6:.0f} MB" + (f" of {free / 1e6:.0f}" if free else ""))
+    if free is not None and needed > free:
+        raise OutOfMemory(composed, f"A meta-iteration needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free.")
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes; `None` where nobody tells."""
+    if stats := device.memory_stats():
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+        with contextlib.suppress(OSError, ValueError, KeyError):  # the limit of a container; `max`, where there is none
+            group = Path("/sys/fs/cgroup")
+            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+            free = min(free, limit - used + int(cached))
+        return free
+    return None
+
+
+@contextlib.contextmanager
+def memory_errors(composed: Composed) -> Iterator[None]:
+    """What goes beyond the memory of a device in spite of `check_memory`, in our words."""
+    import jax
+
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(composed, "There is not enough memory.") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(composed, "There is not enough memory on the device.") from error
 
 
 # --- files

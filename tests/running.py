@@ -102,13 +102,19 @@ def build(lines: list[str], config_dir: Path | None = None) -> tuple[config.Trai
 
 
 def run_chunks(
-    state: training.TrainState, learner: Any, family: Any, chunks: list[int], total: int, log_every: int = 1
+    state: training.TrainState,
+    learner: Any,
+    family: Any,
+    chunks: list[int],
+    total: int,
+    log_every: int = 1,
+    swept: training.Swept | None = None,
 ) -> tuple[training.TrainState, dict[str, np.ndarray]]:
     """The state afterwards and all closed windows of metrics, `[R, S]`."""
     parts, done = [], int(state.iteration)
     for n in chunks:
         counts = (jnp.asarray(n), jnp.asarray(total), jnp.asarray(log_every))
-        state, rows = training.train_chunk(state, learner, family, *counts)
+        state, rows = training.train_chunk(state, learner, family, *counts, swept)
         closed = (done + n) // log_every - done // log_every
         done += n
         closed += done == total and done % log_every > 0

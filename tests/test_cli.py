@@ -181,19 +181,14 @@ def test_the_exit_code_of_an_error_is_kept(trained: list[config.Composed], capsy
     assert capsys.readouterr().err == "metarl: interrupted\n"
 
 
-def test_a_failed_run_of_a_sweep_does_not_stop_the_others(
-    trained: list[config.Composed], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", "-m", "seed=1,13,2"]) == 2
-    assert [composed.config.seed for composed in trained] == [1, 13, 2]
-    out, err = capsys.readouterr()
-    assert err == "metarl: the quantity is NaN\n"
-    assert "Run 1: seed=13\n" in out and out.endswith("3 runs, failed: 1.\n")
-
-
-def test_an_interrupted_sweep_stops(trained: list[config.Composed]) -> None:
-    assert main(["train", "-m", "seed=1,99,2"]) == 130
-    assert [composed.config.seed for composed in trained] == [1, 99]
+def test_a_sweep_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    sweep: Any = ModuleType("metarl_cli.sweep")
+    sweep.run = lambda *args: seen.append(args) or 3
+    monkeypatch.setitem(sys.modules, "metarl_cli.sweep", sweep)
+    monkeypatch.setattr(metarl_cli, "sweep", sweep, raising=False)
+    assert main(["train", "-m", "seed=1,2", "--config-dir", "mine", "hydra/launcher=vmap"]) == 3
+    assert seen == [(["seed=1,2", "hydra/launcher=vmap"], Path("mine"))]
 
 
 # Help, lists, completion

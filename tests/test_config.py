@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -350,29 +350,42 @@ def test_a_sweep_runs_each_combination_in_its_own_directory(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     runs: list[config.Composed] = []
 
-    def job(overrides: list[str]) -> None:
-        runs.append(config.compose(overrides))
-        assert not runs[-1].run_dir.exists()
+    def job(points: list[list[str]], hydra: Any) -> list[int]:
+        assert hydra.launcher._target_.endswith("BasicLauncher")
+        (point,) = points
+        runs.append(config.compose(point))
+        return [len(runs)]
 
-    config.sweep(["seed=range(0,2)", "env=bandit,point_nav", "algo.lr=0.5"], None, job)
+    directory, returned = config.sweep(["seed=range(0,2)", "env=bandit,point_nav", "algo.lr=0.5"], None, job)
     assert [(each.config.seed, each.env) for each in runs] == [
         (0, "bandit"),
         (0, "point_nav"),
         (1, "bandit"),
         (1, "point_nav"),
     ]
+    assert returned == [1, 2, 3, 4]
+    assert directory.parent == Path("runs/sweeps") and directory.name.startswith(
+        "seed=range-0,2-,env=bandit,point_nav,algo.lr"
+    )
+    assert runs[0].run_dir == directory / "seed=0,env=bandit"
     assert len({each.run_dir for each in runs}) == 4
     assert all(each.run_dir_given and each.resolved["algo"]["lr"] == 0.5 for each in runs)
-    assert all(each.run_dir.parts[:2] == ("runs", "sweeps") for each in runs)
+    assert not any(each.run_dir.exists() for each in runs)
+    again, _ = config.sweep(["seed=range(0,2)", "env=bandit,point_nav", "algo.lr=0.5"], None, job)
+    assert again == directory and [each.run_dir for each in runs[:4]] == [each.run_dir for each in runs[4:]]
 
 
 def test_a_sweep_of_a_users_own_configs(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(mine.parent)
-    seen = []
-    lines = ["algo=mine,maml", "hydra.sweep.dir='a b'", TRUSTED]
-    config.sweep(lines, mine, lambda overrides: seen.append(config.compose(overrides, mine)))
+    seen: list[config.Composed] = []
+
+    def job(points: list[list[str]], hydra: Any) -> list[None]:
+        seen.extend(config.compose(point, mine) for point in points)
+        return [None for _ in points]
+
+    config.sweep(["algo=mine,maml", "hydra.sweep.dir='a b'", "hydra/launcher=vmap", TRUSTED], mine, job)
     assert [each.algo for each in seen] == ["mine", "maml"]
-    assert [each.run_dir for each in seen] == [Path("a b/0"), Path("a b/1")]
+    assert [each.run_dir for each in seen] == [Path("a b/algo=mine"), Path("a b/algo=maml")]
 
 
 @pytest.mark.parametrize(
@@ -382,7 +395,15 @@ def test_a_sweep_of_a_users_own_configs(mine: Path, monkeypatch: pytest.MonkeyPa
         (["algo=maml,rl3"], "algo=rl3: no such algorithm"),
         (["seed=0,1", "algo.lrr=1"], "algo.lrr=1: no such key"),
         (["seed=0,1", "hydra.run.dir=x"], "Set hydra.sweep.dir"),
-        (["seed=0,1", "hydra/launcher=slurm"], "hydra/launcher=slurm"),
+        (["seed=0,1", "hydra/launcher=vnap"], "hydra/launcher=vnap: no such file in hydra/launcher/. Allowed: basic,"),
+        (["seed=0,1", "hydra/launcher=vnap"], "Did you mean vmap?"),
+        (
+            ["algo.lr=interval(0.1,1)"],
+            "algo.lr=interval(0.1,1): an interval has no end of values. Add hydra/sweeper=optuna.",
+        ),
+        (["algo.lr=interval(-1,1)", "hydra/sweeper=optuna"], "algo.lr=-1: must be a number > 0"),
+        (["seed=0,1", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: cannot be set"),
+        (["sweep=rl2", "algo=maml"], "algo.lam"),
         (["seed=0,1", "hydra.launcher._target_=os.system"], "Hydra may use its own plug-ins only"),
     ],
 )
@@ -391,7 +412,7 @@ def test_a_mistake_in_a_sweep_shows_before_the_first_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        config.sweep(overrides, None, lambda _: pytest.fail("a run was started"))
+        config.sweep(overrides, None, lambda *_: pytest.fail("a run was started"))
     assert fragment in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -36,9 +36,12 @@ FLOORS = {
     "runner": 4,
     "tables": 5,
     "untrained": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "search": 5,
+    "sweep": 6,
+    "launchers": 7,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 # These know core alone, and nobody knows them: what a user chooses is found by way of its YAML file.
 PLUGINS = {"algos": "algo", "memories": "algo/memory", "envs": "env", "baselines": "algo"}

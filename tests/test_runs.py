@@ -44,7 +44,7 @@ from metarl_cli.core.errors import ConfigError, RunError
 from metarl_cli.core.types import Trial
 
 WALK = walker("iterations=12", "eval.every=4", "log_every=2")
-DRAW = runner.Session.draw
+DRAW = runner.Point.draw
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +62,7 @@ class Finished(NamedTuple):
 def bare() -> Iterator[None]:
     """Without figures and optimum, which take most of the time of a small run; `finished` has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Session, "draw", lambda *_: None)
+        patch.setattr(runner.Point, "draw", lambda *_: None)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 
@@ -165,7 +165,7 @@ def test_the_keys_of_the_result(finished: Finished) -> None:
     assert (content["seeds"], content["failed_seeds"], content["best"]) == ([0, 1], [], None)
 
     spent = content["train"]
-    assert set(spent) == {"iterations", "steps", "steps_per_second", "compile_seconds", "wall_seconds"}
+    assert set(spent) == {"iterations", "runs", "steps", "steps_per_second", "compile_seconds", "wall_seconds"}
     assert spent["iterations"] == 5 and spent["steps"] > 0
     assert 0 < spent["compile_seconds"] < spent["wall_seconds"]
     assert content["memory"]["peak_bytes"] > 1e8
@@ -479,14 +479,14 @@ def test_killed_around_the_last_evaluation(
     """`save`: the score is in the metrics, but not in the checkpoint; `finish`: it is in both, but there is no result."""
     run = tmp_path / "run"
     if moment == "save":
-        original, evaluated = runner.Session.save, logs.MetricsFile(run)
+        original, evaluated = runner.Point.save, logs.MetricsFile(run)
 
         def save(session: Any) -> None:
             if any("evaluation" in row and row["iteration"] == 12 for row in evaluated.read()):
                 raise Killed
             original(session)
 
-        monkeypatch.setattr(runner.Session, "save", save)
+        monkeypatch.setattr(runner.Point, "save", save)
     else:
         monkeypatch.setattr(runner, "write_json", kill)
     with pytest.raises(Killed):
@@ -813,7 +813,7 @@ def test_more_windows_than_a_chunk_can_return(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_not_trained_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.Session, "draw", DRAW)
+    monkeypatch.setattr(runner.Point, "draw", DRAW)
     run = train(tmp_path / "run", small("random_init", "point_nav", "iterations=0"))
     assert result(run)["train"]["iterations"] == 0 and result(run)["status"] == "completed"
     assert tree(run / "figures") == ["adaptation_curve.png", "adaptation_curve.svg", "trajectories.png", "trajectories.svg"]
@@ -825,7 +825,7 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     lines = walker("seeds=1", "seed=0,5")
     assert metarl("train", "-m", f"--config-dir={own_configs(tmp_path)}", *lines, "hydra.sweep.dir=sweep") == 0
     assert "2 runs, none failed" in capsys.readouterr().out
-    assert [result(Path("sweep") / str(i))["seeds"] for i in range(2)] == [[0], [5]]
+    assert [result(Path("sweep") / f"seed={seed}")["seeds"] for seed in (0, 5)] == [[0], [5]]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone lists and limits the memory maps of a process")

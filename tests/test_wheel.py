@@ -58,7 +58,11 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     for folder, target in (("metarl_cli", "metarl_cli"), ("configs", "metarl_cli/configs")):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         assert len(files) > 10
-        assert {f"{target}/{path.relative_to(ROOT / folder).as_posix()}" for path in files} <= names
+        inside = {f"{target}/{path.relative_to(ROOT / folder).as_posix()}" for path in files}
+        assert {name.replace("metarl_cli/launchers/hydra_plugins/", "hydra_plugins/") for name in inside} <= names
+    assert "hydra_plugins/metarl/vmap_launcher.py" in names and "hydra_plugins/__init__.py" not in names, (
+        "others have plug-ins in it as well"
+    )
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "scripts", "configs")) or "__pycache__" in name]
 

@@ -141,6 +141,44 @@ def learning_curve(
 
 
 @_styled
+def sweep(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """A metric against each parameter of a sweep: a dot for each run, a line through the means.
+
+    Args:
+        points: of each run its parameters and the metric. `seed` has a panel only where nothing else was swept.
+        metric: the key of the metric.
+    """
+    names = list(dict.fromkeys(name for point in points for name in point if name != metric))
+    names = [name for name in names if name != "seed"] or names or ["seed"]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure(COLUMN if columns == 1 else TEXT, 2.1 * rows + 0.2)
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        pairs = [(point.get(name), float(point[metric])) for point in points]
+        values = list(dict.fromkeys(value for value, _ in pairs))
+        numbers = all(isinstance(value, int | float) for value in values)
+        if numbers:
+            values.sort()
+            place_of = {value: value for value in values}
+            if values[0] > 0 and values[-1] >= 10 * values[0]:
+                axes.set_xscale("log")
+            else:
+                axes.locator_params(axis="x", nbins=4)
+        else:
+            place_of = {value: i for i, value in enumerate(values)}
+            axes.set_xticks(range(len(values)), [str(value) for value in values], rotation=30 if len(values) > 4 else 0)
+        means = [float(np.mean([y for value, y in pairs if value == x])) for x in values]
+        axes.scatter([place_of[x] for x, _ in pairs], [y for _, y in pairs], s=9, color=BLUE, alpha=0.5, linewidths=0)
+        if len(pairs) > len(values) > 1:  # else every mean is a single run
+            axes.plot([place_of[x] for x in values], means, color=BLUE, marker="o", markersize=3, zorder=3)
+        axes.set_xlabel(name)
+        if place % columns == 0:
+            axes.set_ylabel(metric.replace("_", " "))
+    return figure
+
+
+@_styled
 def adaptation_curve(
     curve: Sequence[Mapping[str, Any]], label: str, references: Mapping[str, float] | None = None
 ) -> Figure:
