@@ -51,7 +51,10 @@ def groups(config_dir: Path | None = None) -> Groups:
         if not root.is_dir():
             raise ConfigError("--config-dir", root, "is not a directory")
         for file in sorted(root.rglob("*.yaml")):
-            group = found.setdefault(file.parent.relative_to(root).as_posix(), {})
+            folder = file.parent.relative_to(root).as_posix()
+            if folder.startswith("hydra/"):  # Hydra's own groups, which it looks up itself
+                continue
+            group = found.setdefault(folder, {})
             if file.stem in group:
                 raise ConfigError("--config-dir", file, "metarl has a config of that name", hint="Rename the file.")
             group[file.stem] = file

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarl_cli import directory
 from metarl_cli.core.errors import Misfit, RunError
 
 Name = Literal["last", "best"]
 
 _FORMAT = 1
 _NEW, _OLD = ".unfinished-", ".replaced-"
+_ROOM = 16_000_000  # bytes that a checkpoint may have beside twice its arrays
 _ADVICE = "Put the file back from a copy of the run, or delete this checkpoint and train again."
 _log = logging.getLogger("metarl")
 
@@ -111,9 +117,18 @@ def restore(run: Path, name: Name, like_state: Any, part: bool = False) -> tuple
             "If the run was stopped before it saved the first one, train again."
         )
     manifest = _read_manifest(folder / "manifest.json")
+    like = _named_leaves(like_state)
+    saved = {leaf: x for leaf, x in manifest["leaves"].items() if leaf in like or not part}
+    _check_fit(folder, saved, {leaf: _describe(x) for leaf, x in like.items()})
+    room = math.inf if part else _ROOM + 2 * sum(_bytes(x) for x in like.values())
     for relative, expected in manifest["files"].items():
         path = folder / relative
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{folder / 'manifest.json'} is damaged: {relative} is no file of this checkpoint. {_ADVICE}")
         try:
+            room -= path.stat().st_size
+            if room < 0:
+                raise RunError(f"{path} is damaged: the checkpoint is larger than the state it has to hold. {_ADVICE}")
             actual = _sha256(path)
         except FileNotFoundError:
             raise RunError(f"{path} is missing, so that the checkpoint cannot be used. {_ADVICE}") from None
@@ -122,12 +137,14 @@ def restore(run: Path, name: Name, like_state: Any, part: bool = False) -> tuple
         if actual != expected:
             raise RunError(f"{path} is damaged: its content is not what was saved. {_ADVICE}")
 
-    like = _named_leaves(like_state)
-    saved = {leaf: x for leaf, x in manifest["leaves"].items() if leaf in like or not part}
-    _check_fit(folder, saved, {leaf: _describe(x) for leaf, x in like.items()})
-    empty = {leaf: np.empty(shape, jnp.dtype(dtype)) for leaf, (dtype, shape) in manifest["empty"].items()}
-    arrays = empty | _read_arrays(folder / "arrays", [leaf for leaf in manifest["leaves"] if leaf not in empty])
-    leaves = [_as_leaf(arrays[leaf], x, manifest["keys"].get(leaf)) for leaf, x in like.items()]
+    try:
+        empty = {leaf: np.empty(shape, jnp.dtype(dtype)) for leaf, (dtype, shape) in manifest["empty"].items() if 0 in shape}
+        arrays = empty | _read_arrays(folder / "arrays", {leaf: _shape(x) for leaf, x in like.items() if leaf not in empty})
+        leaves = [_as_leaf(arrays[leaf], x, manifest["keys"].get(leaf)) for leaf, x in like.items()]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
+        # The checksums are right: somebody has written them anew.
+        _log.debug("restoring the checkpoint failed", exc_info=True)
+        raise RunError(f"{folder} is damaged: its content is not what was saved. {_ADVICE}") from error
     return manifest["iteration"], jax.tree.unflatten(jax.tree.structure(like_state), leaves)
 
 
@@ -151,7 +168,7 @@ class RunLock:
         self._file: Any = None
 
     def __enter__(self) -> RunLock:
-        path = self.run / ".lock"
+        path, attempts = self.run / ".lock", 3
         while self._file is None:
             try:
                 file = path.open("a+")
@@ -162,6 +179,10 @@ class RunLock:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if attempts := attempts - 1:  # `metarl runs` holds it for an instant, to see whether anybody does
+                    file.close()
+                    time.sleep(0.05)
+                    continue
                 file.seek(0)
                 pid = file.read().strip()
                 file.close()
@@ -212,6 +233,15 @@ def _describe(x: Any) -> str:
     if isinstance(x, bool | int | float) and not isinstance(x, np.generic):
         return f"python {type(x).__name__}"
     return f"{x.dtype}{list(x.shape)}"
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of the array that holds it."""
+    return jax.eval_shape(jax.random.key_data, x).shape if _is_key(x) else np.shape(x)
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(_shape(x)) * (4 if _is_key(x) else np.dtype(getattr(x, "dtype", "int64")).itemsize)
 
 
 def _as_leaf(array: np.ndarray, like: Any, key: str | None) -> Any:
@@ -299,20 +329,25 @@ def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > directory.LIMITS["manifest.json"]:
+            raise ValueError
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is missing, so that the checkpoint cannot be used. {_ADVICE}") from None
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}. {_ADVICE}") from error
-    except ValueError:  # no UTF-8, no JSON
+    except (ValueError, RecursionError):  # no UTF-8, no JSON
         raise RunError(f"{path} is damaged: it is no JSON. {_ADVICE}") from None
     if not isinstance(manifest, dict) or manifest != _signed(manifest):
         raise RunError(f"{path} is damaged: its content is not what was saved. {_ADVICE}")
-    if manifest["format"] != _FORMAT:
+    if manifest.get("format") != _FORMAT:
         raise RunError(
-            f"{path}: format {manifest['format']}, but this version of metarl reads format {_FORMAT}. "
+            f"{path}: format {manifest.get('format')}, but this version of metarl reads format {_FORMAT}. "
             "Use the version that wrote the run (it is named in result.json)."
         )
+    kinds = {"iteration": int, "leaves": dict, "keys": dict, "empty": dict, "files": dict}
+    if any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        raise RunError(f"{path} is damaged: its content is not what was saved. {_ADVICE}")
     return manifest
 
 
@@ -326,10 +361,20 @@ def _quiet_orbax() -> Iterator[Any]:
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.CRITICAL + 1)  # an error that it logs is raised as well, and told by us
+    _silence_late_callbacks()
     try:
         yield ocp
     finally:
         absl.setLevel(level)
+
+
+@functools.cache
+def _silence_late_callbacks() -> None:
+    """After a failed write (a full disk), those that come too late for orbax print stack traces from threads of C++."""
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+    late = "Event loop is closed"
+    sys.excepthook = lambda kind, error, trace: None if str(error) == late else excepthook(kind, error, trace)
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == late else unraisablehook(found)
 
 
 def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -338,7 +383,13 @@ def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         handler.finalize(folder.absolute())
 
 
-def _read_arrays(folder: Path, leaves: list[str]) -> dict[str, np.ndarray]:
+def _read_arrays(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Raises `ValueError` where an array has another shape, before there is memory for it."""
     with _quiet_orbax() as ocp, contextlib.closing(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as handler:
-        how = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in leaves}
-        return handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
+        there = handler.metadata(folder.absolute())
+        for leaf, shape in shapes.items():
+            if tuple(there[leaf].shape) != shape:
+                raise ValueError(f"{leaf}: {there[leaf].shape}, not {shape}")
+        how = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in shapes}
+        wanted = ocp.args.PyTreeRestore(dict.fromkeys(shapes, 0), restore_args=how, partial_restore=True)
+        return handler.restore(folder.absolute(), args=wanted)

@@ -23,6 +23,8 @@ usage: metarl COMMAND ...
   eval algo=NAME ...       evaluate a learner that has nothing to train: Thompson sampling, PSRL, an oracle
   resume RUN [OVERRIDES]   continue an interrupted run, or extend a finished one
   diagnose estimators RUN  how well each estimator of the inner gradient does at a run's parameters
+  runs [DIR]               list runs and sweeps: status, result, age, size
+  compare RUN RUN ...      where settings differ, beside what was reached
   show env=NAME            draw a few tasks of a family, and what can be reached there
   table [NAME]             a paper's table: published, ours, the optimum, a verdict
   reproduce NAME           run what is missing of a paper's table
@@ -60,6 +62,7 @@ Keys that are often set:
   precision=float64        float32, float64 or bfloat16
   eval.split=ood           the held-out tasks: train, test or ood
   eval.tasks=100           how many of them
+  logger=[jsonl,tensorboard]  metrics to TensorBoard or wandb as well
   eval.every=10            evaluate while training too, keep the best checkpoint
   algo.lr=3e-4             outer learning rate
   algo.inner_lr=0.05       step of the adaptation (maml)
@@ -117,6 +120,23 @@ Continues an interrupted run from its last checkpoint, as if it had never stoppe
 
   iterations=500           a finished run goes on to that many meta-iterations
   device=cpu               elsewhere than before
+  logger=[jsonl,wandb]     metrics to somewhere else as well
+"""
+
+_RUNS = """\
+usage: metarl runs [DIR]
+
+Lists the runs and sweeps below DIR (default: runs), the newest last: what it is,
+whether it is running, interrupted, completed or diverged, the trial return on
+held-out tasks with its 95 % interval, when it last changed, and its size.
+"""
+
+_COMPARE = """\
+usage: metarl compare RUN RUN ...
+
+Prints the settings in which the runs differ, and below them what each reached.
+
+example: metarl compare runs/maml_point_nav/*
 """
 
 _DIAGNOSE = """\
@@ -361,6 +381,30 @@ def _diagnose(words: list[str]) -> int:
     return 0
 
 
+def _runs(words: list[str]) -> int:
+    options, roots = _options("runs", words, {})
+    if "--help" in options:
+        print(_RUNS, end="")
+        return 0
+    if len(roots) > 1:
+        raise MetarlError("runs: name one directory, or none for runs.")
+    from metarl_cli import overview
+
+    return overview.runs(Path(roots[0] if roots else "runs"))
+
+
+def _compare(words: list[str]) -> int:
+    options, paths = _options("compare", words, {})
+    if "--help" in options:
+        print(_COMPARE, end="")
+        return 0
+    if len(paths) < 2:
+        raise MetarlError("compare: name two run directories or more. metarl runs lists what there is.")
+    from metarl_cli import overview
+
+    return overview.compare([Path(path) for path in paths])
+
+
 def _list(words: list[str]) -> int:
     options, kinds = _options("list", words, {"--config-dir": True})
     if "--help" in options:
@@ -510,6 +554,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "resume": _resume,
     "diagnose": _diagnose,
+    "runs": _runs,
+    "compare": _compare,
     "show": _show,
     "table": _table,
     "reproduce": _reproduce,

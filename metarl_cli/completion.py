@@ -47,7 +47,7 @@ def candidates(words: list[str], commands: Iterable[str]) -> list[str]:
         found = _train(before, word)
     elif before[0] in ("table", "reproduce", "report"):
         found = _table(before[0], before[1:], word)
-    elif before[0] in ("eval", "resume"):
+    elif before[0] in ("eval", "resume", "compare") or (before[0] == "runs" and len(before) == 1):
         found = _run(before, word)
     else:
         rest = {"list": (*catalogue.KINDS, "fields"), "completion": ("bash", "zsh")}.get(before[0], ())
@@ -106,12 +106,12 @@ def _table(command: str, before: list[str], word: str) -> list[str]:
 
 
 def _run(before: list[str], word: str) -> list[str]:
-    """`metarl eval RUN ...` and `metarl resume RUN ...`."""
-    if len(before) == 1:
+    """`metarl eval RUN ...`, `metarl resume RUN ...`, `metarl compare RUN RUN ...` and `metarl runs DIR`."""
+    if len(before) == 1 or before[0] == "compare":
         return _directories(word or ("runs/" if Path("runs").is_dir() else ""))
     import yaml
 
-    sections = {"eval": ("eval", "env", "device"), "resume": ("iterations", "device")}[before[0]]
+    sections = {"eval": ("eval", "env", "device"), "resume": ("iterations", "device", "devices", "logger")}[before[0]]
     try:
         config = yaml.safe_load((Path(before[1]) / "config.yaml").read_text(encoding="utf-8"))
         keys = [key for key, _ in catalogue.leaves({name: config[name] for name in sections})]

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, 
 
 from pydantic import BeforeValidator, ValidationError
 
-from metarl_cli import catalogue
+from metarl_cli import catalogue, directory
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
 from metarl_cli.core.settings import MAX_SEED, AlgoSettings, EvalSettings, FamilySettings, Settings, Widths, setting
 
@@ -52,10 +52,14 @@ T = TypeVar("T")
 _RESOLVERS = {"hydra", "now", "oc.select", "python_version"}
 _HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper", "hydra.launcher")
 _HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
-_EXTRAS = ("joblib",)  # launchers that are installed separately
+_PACKAGES = {"submitit_slurm": "hydra-submitit-launcher", "submitit_local": "hydra-submitit-launcher"}
+_PACKAGES |= {"ray": "hydra-ray-launcher", "joblib": "hydra-joblib-launcher"}
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Loggers = Annotated[
+    tuple[Literal["jsonl", "tensorboard", "wandb"], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
 Numbers = Annotated[tuple[int | float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
@@ -81,6 +85,8 @@ class TrainConfig(RunConfig):
         "of the evaluation: what a sweep compares; of a trial, or of an episode before or after adaptation"
     )
     figures: bool = setting("draw them at the end")
+    devices: Literal["one", "all"] = setting("all: the tasks of a meta-batch are spread over all devices, of all processes")
+    logger: Loggers = setting("where metrics go: metrics.jsonl always, beside it TensorBoard or Weights & Biases")
 
 
 class TuneSettings(Settings):
@@ -213,8 +219,9 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
     """
     from omegaconf import DictConfig, OmegaConf
 
-    file = _config_of(run)
+    file = directory.config_of(run)
     try:
+        _refuse_aliases(file)
         stored = OmegaConf.load(file)
         recorded: Any = OmegaConf.to_container(stored)
     except Exception as error:  # of the file system, the encoding, YAML or OmegaConf
@@ -229,6 +236,9 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
             f"{run}: is an evaluation of a learner that was never trained. There is nothing to go on with: "
             f"evaluate it anew with metarl eval algo={choices['algo']} env={choices['env']}."
         )
+    for target in [value for _, value in _targets(recorded, "config")] + [(recorded.get("env") or {}).get("id")]:
+        if isinstance(target, str) and _lies_in(run, target):
+            raise RunError(f"{file}: {target} lies in the run directory itself, and nothing of it is ever run.")
     try:
         config = validate(recorded, choices)
     except MetarlError as error:
@@ -517,6 +527,10 @@ def validate(
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+    if resolved.get("devices") == "all":  # and that has to wait until all processes are there
+        from metarl_cli.core import devices
+
+        devices.connect()
     root = _root(resolved, cls)
     errors: list[ConfigError] = []
     config = _instance(root, root, errors, choices or {}, known or {})
@@ -793,9 +807,11 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
         raise
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and name in _PACKAGES:
+            hint = f"Install it: pip install {_PACKAGES[name]}."
+            raise ConfigError(group, name, f"needs the package {_PACKAGES[name]}", hint=hint) from None
         problem = f"no such {catalogue.noun(group)}"
-        hint = f"It comes with pip install 'metarl[{name}]'." if name in _EXTRAS else ""
-        raise ConfigError(group, name, problem, allowed=error.options or known.get(group), hint=hint) from None
+        raise ConfigError(group, name, problem, allowed=error.options or known.get(group)) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
@@ -943,23 +959,27 @@ def _text(override: Override) -> str:
 # Small things
 
 
-def _config_of(run: Path) -> Path:
-    """The `config.yaml` of a run directory."""
-    if run.is_file():
-        raise RunError(f"{run}: is a file, not a run directory.")
-    if not run.is_dir():
-        near = (
-            _did_you_mean(run.name, [path.name for path in run.parent.iterdir()], f"{run.parent}/%s")
-            if run.parent.is_dir()
-            else ""
-        )
-        raise RunError(f"{run}: there is no such run directory. {near}".strip())
-    file = run / "config.yaml"
-    if not file.is_file():
-        inside = sorted(path.parent for path in run.glob("*/config.yaml"))
-        hint = f"Did you mean {inside[-1]}, the latest run in it?" if inside else "metarl train makes one."
-        raise RunError(f"{run}: is no run directory: it holds no config.yaml. {hint}")
-    return file
+def _refuse_aliases(file: Path) -> None:
+    """metarl writes none, and a few lines of them unfold into gigabytes."""
+    import yaml
+
+    for token in yaml.scan(file.read_text(encoding="utf-8")):
+        if isinstance(token, yaml.AliasToken):
+            raise RunError("aliases are not allowed here")
+
+
+def _lies_in(run: Path, target: str) -> bool:
+    """Whether the import of a class would look into the run directory; nothing is imported to find out."""
+    package, *below = target.split(".")[:-1] or [""]
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        return False
+    places = [Path(place, *below) for place in spec.submodule_search_locations or ()]
+    places += [Path(spec.origin)] if spec.has_location and spec.origin else []
+    return any(path.resolve().is_relative_to(run.resolve()) for path in places)
 
 
 def _did_you_mean(word: str, options: Sequence[str], form: str = "%s") -> str:

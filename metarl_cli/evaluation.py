@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarl_cli.core import devices
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import Learner, State, TaskFamily
 from metarl_cli.core.settings import EvalSettings
@@ -100,6 +101,7 @@ def evaluate(
     per_trial = plan.points * plan.episodes * family.horizon * len(seeds)
     calls = -(-n // max(1, STEPS_PER_CALL // per_trial))
     size = -(-n // calls)
+    size = -(-size // devices.count()) * devices.count()
     key = _key(settings, "trials")
     keys = jax.vmap(lambda seed: jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, seed), i))(jnp.arange(n)))
     trial_keys = keys(jnp.array(seeds))  # [S, N]
@@ -124,8 +126,10 @@ def _trials(learner: Learner, state: State, keys: Key, family: TaskFamily, tasks
     def one(state, key, task):
         return learner.trial(state, key, family, task, plan)
 
+    keys, tasks = devices.over_tasks(keys, axis=1), devices.over_tasks(tasks)
     trial = jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)), in_axes=(0, 0, None))(state, keys, tasks)
-    return trial.returns, trial.steps, trial.regret, jax.tree.map(lambda x: x[0, :SHOWN], trial.batch)
+    shown = jax.tree.map(lambda x: x[0, :SHOWN], trial.batch)
+    return devices.everywhere((trial.returns, trial.steps, trial.regret, shown))
 
 
 def _key(settings: EvalSettings, purpose: str) -> Key:

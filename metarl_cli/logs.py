@@ -49,6 +49,13 @@ class _ConsoleHandler(logging.Handler):
         say(text, self.console, style="yellow" if with_level else "")
 
 
+class _FileHandler(logging.FileHandler):
+    """A full disk is told by what cannot do without it: the metrics and the checkpoints."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def log_to(run: Path, console: Console) -> Iterator[logging.Logger]:
     """Within the block, log.txt gets every message (`metarl` from DEBUG on, with stack traces, other libraries from
@@ -58,7 +65,7 @@ def log_to(run: Path, console: Console) -> Iterator[logging.Logger]:
     """
     path = run / "log.txt"
     try:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -18,6 +18,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,8 +29,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 
-from metarl_cli import catalogue
+from metarl_cli import catalogue, directory, tracking
 from metarl_cli.config import Composed, RunConfig, TrainConfig, build, diagnosis, from_run, save
+from metarl_cli.core import devices
 from metarl_cli.core.errors import ConfigError, MetarlError, Misfit, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 from metarl_cli.core.types import Batch
@@ -64,35 +67,38 @@ def train(composed: Composed) -> Path:
     Raises:
         MetarlError: everything that a user can mend. No directory is left behind by a mistake in the config.
     """
-    console = Console()
     configure_jax(composed.config)
+    console = Console(quiet=not devices.first())
     learner, family = build(composed.config, composed.algo, composed.env)
+    tracking.check(composed.config.logger)
     import jax
 
     from metarl_cli import evaluation
     from metarl_cli.checkpoint import RunLock
 
     jax.eval_shape(lambda: evaluation.choose_tasks(family, composed.config.eval))  # a mistake shows now, not at the end
-    run = make_directory(composed)
-    with RunLock(run), log_to(run, console) as log:
-        save(composed, run)
-        log.debug("metarl train %s", " ".join(composed.overrides))
-        Session([Point(run, composed, learner, family, console)], console).go_on()
+    with own_directory(composed.run_dir, copy=False) as own:
+        run = make_directory(composed._replace(run_dir=own))
+        with RunLock(run), log_to(run, console) as log:
+            save(composed, run)
+            log.debug("metarl train %s", " ".join(composed.overrides))
+            Session([Point(run, composed, learner, family, console)], console).go_on()
     return run
 
 
 def resume(run: Path, overrides: list[str]) -> Path:
     """`metarl resume`: goes on with an interrupted run, or extends a finished one (`iterations=...`)."""
-    console = Console()
-    composed = from_run(run, overrides, allowed=("iterations", "device"))
+    composed = from_run(run, overrides, allowed=("iterations", "device", "devices", "logger"))
     configure_jax(composed.config)
+    console = Console(quiet=not devices.first())
     learner, family = build(composed.config)
+    tracking.check(composed.config.logger)
     from metarl_cli.checkpoint import RunLock
 
-    with RunLock(run), log_to(run, console) as log:
-        session = Session([Point(run, composed, learner, family, console)], console)
+    with own_directory(run, copy=True) as own, RunLock(own), log_to(own, console) as log:
+        session = Session([Point(own, composed, learner, family, console)], console)
         session.restore()
-        save(composed, run)
+        save(composed, own)
         log.info(f"resuming {run} at iteration {session.done} of {composed.config.iterations}")
         session.go_on()
     return run
@@ -199,7 +205,7 @@ def load(run: str | Path, checkpoint: Literal["last", "best"] = "last") -> Loade
     configure_jax(composed.config)
     learner, family = build(composed.config)
     state = restore_learner(run, composed, learner, family)
-    result = json.loads(path.read_text()) if (path := run / "result.json").exists() else None
+    result = directory.read_result(run)
     return LoadedRun(run, composed.config, learner, family, state, result, MetricsFile(run).read())
 
 
@@ -280,8 +286,19 @@ class Point:
 
     def finished(self) -> bool:
         """Whether the result is that of the present state. A shorter run that is being extended has one as well."""
-        path = self.run / "result.json"
-        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["train"]["iterations"] == self.done
+        result = directory.read_result(self.run)
+        return result is not None and result["train"]["iterations"] == self.done
+
+    def track(self) -> tracking.Trackers:
+        """From here on lines of metrics go to the trackers as well."""
+        loggers = self.config.logger if devices.first() else ()
+        self.trackers = tracking.Trackers(loggers, self.run, self.composed.resolved, self.done)
+        return self.trackers
+
+    def record(self, row: dict[str, Any]) -> None:
+        """A line of metrics."""
+        self.metrics.write(row)
+        self.trackers.log(row)
 
     def write_rows(self, rows: dict[str, Any], n: int, seconds: float) -> int:
         """Writes the windows that a chunk of n meta-iterations closed, `{name: [ROWS, S]}`. Returns how many."""
@@ -296,7 +313,7 @@ class Point:
         for row in range(last - first):
             values = {name: x[row] for name, x in rows.items()}
             self.steps += round(float(np.mean(values.pop("steps"))))
-            self.metrics.write(
+            self.record(
                 {
                     "iteration": min((first + row + 1) * log_every, self.config.iterations),
                     "steps": self.steps,
@@ -365,7 +382,7 @@ class Point:
         scores = {"trial_return": score, "return_before": mean[:, 0], "return_after": mean[:, -1]}
         # A run that was killed after its last evaluation, but before its end, evaluates once more when it is resumed.
         if not any("evaluation" in row and row["iteration"] == self.done for row in self.metrics.read()):
-            self.metrics.write({"iteration": self.done, "evaluation": {"split": result.split, **scores}})
+            self.record({"iteration": self.done, "evaluation": {"split": result.split, **scores}})
         self.scores.append((self.done, float(scores[self.config.metric].mean())))
         return result
 
@@ -514,7 +531,11 @@ class Session:
 
     def go_on(self) -> None:
         """Trains to the end, evaluates and writes the results."""
-        with catch_signals(self.points[0].run) as check, memory_errors(self.points[0].composed):
+        with contextlib.ExitStack() as stack:
+            check = stack.enter_context(catch_signals(self.points[0].run))
+            stack.enter_context(memory_errors(self.points[0].composed))
+            for point in self.points:
+                stack.enter_context(contextlib.closing(point.track()))
             self.train(check)
             known: Yardsticks = {}
             for point in self.alive():
@@ -546,6 +567,7 @@ class Session:
             return
         with Progress(total, self.console) as progress:
             progress.status("compiling")
+            self.state = devices.place(self.state)
             chunk = self.compile()
             length = 1
             while self.done < total and self.alive():
@@ -561,7 +583,7 @@ class Session:
                 self.write_rows(rows, n, seconds, progress)
                 self.report_failures(failed)
                 # Doubled at most: the first chunk's time says little.
-                length = max(1, min(2 * length, int(CHUNK_SECONDS * n / seconds)))
+                length = devices.agree(max(1, min(2 * length, int(CHUNK_SECONDS * n / seconds))))
                 if every and self.done % every == 0 and self.done < total:
                     progress.status("evaluating")
                     self.hand_out()
@@ -706,6 +728,7 @@ def configure_jax(config: RunConfig) -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{cache}/metarl/jax")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    devices.start(getattr(config, "devices", "one") == "all")
     # `config` has told JAX already, unless this process computed before: a notebook, or a sweep over devices.
     elsewhere = config.device == "cpu" and jax.default_backend() != "cpu"
     jax.config.update("jax_default_device", jax.devices("cpu")[0] if elsewhere else None)
@@ -722,33 +745,62 @@ def configure_jax(config: RunConfig) -> None:
 def catch_signals(run: Path) -> Iterator[Any]:
     """Within the block Ctrl-C and SIGTERM only set a flag; the yielded `check(save)` acts on it between XLA calls.
 
-    A second Ctrl-C ends the process at once.
+    A second one ends the process at once. SIGUSR2 is caught where somebody waits for it already, who gets it when the state
+    is saved: on Slurm it says that the time of the job is nearly up, and submitit puts the job into the queue again.
     """
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if callable(warned := signal.getsignal(signal.SIGUSR2)):
+        caught.append(signal.SIGUSR2)
     received: list[int] = []
 
     def receive(signum: int, frame: Any) -> None:
-        if received:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         received.append(signum)
-        print("\nStopping after this chunk; once more to end at once.", file=sys.stderr, flush=True)
 
     def check(save: Any = None) -> None:
-        if received:
+        if signum := devices.most(max(received, default=0)):
             if save is not None:
                 save()
-            raise Interrupted(run, received[0])
+            if signum == signal.SIGUSR2:
+                received.clear()
+                warned(signal.SIGUSR2, None)  # type: ignore[operator]
+            else:
+                raise Interrupted(run, signum)
 
     try:
-        previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, receive) for s in caught}
     except ValueError:  # not in the main thread: somebody else's signals
         yield check
         return
+    # Python's own handlers wait for the end of an XLA call, or of a compilation. The bytes that the C part of Python writes
+    # come at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    listener = threading.Thread(target=_listen, args=(reader,), daemon=True)
+    listener.start()
+    others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield check
     finally:
+        signal.set_wakeup_fd(others)
+        os.close(writer)
+        listener.join()
+        os.close(reader)
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _listen(reader: int) -> None:
+    """Says that a signal was heard; ends the process at the second one. Each is one byte, its number."""
+    heard = False
+    while signum := os.read(reader, 1):
+        if signum[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if heard:
+            if sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), b"\033[?25h\n")  # the progress bar had hidden the cursor
+            os._exit(128 + signum[0])
+        heard = True
+        print("\nStopping after this chunk; once more to end at once.", file=sys.stderr, flush=True)
 
 
 # --- memory
@@ -774,7 +826,7 @@ def check_memory(program: Any, composed: Composed) -> None:
     if sizes is None:  # this backend does not know
         return
     needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    free = free_memory(jax.config.jax_default_device or jax.devices()[0])  # type: ignore[attr-defined]
+    free = free_memory(jax.config.jax_default_device or jax.local_devices()[0])  # type: ignore[attr-defined]
     logging.getLogger("metarl").debug(f"the program needs {needed / 1e6:.0f} MB" + (f" of {free / 1e6:.0f}" if free else ""))
     if free is not None and needed > free:
         raise OutOfMemory(composed, f"A meta-iteration needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free.")
@@ -846,6 +898,17 @@ def make_directory(composed: Composed) -> Path:
     return run
 
 
+@contextlib.contextmanager
+def own_directory(run: Path, copy: bool) -> Iterator[Path]:
+    """The run directory. Of several processes only the first writes there, the others into one that is thrown away."""
+    with contextlib.ExitStack() as stack:
+        if not devices.first():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metarl-")))
+            run = Path(shutil.copytree(run, folder / "run")) if copy else folder / "run"
+        devices.agree(0)  # nobody writes before all have their copy
+        yield run
+
+
 def _remove_empty(created: list[Path]) -> None:
     for path in created:
         with contextlib.suppress(OSError):
@@ -901,7 +964,7 @@ def print_curve(result: Evaluation, summary: dict[str, Any], composed: Composed,
 def provenance() -> dict[str, Any]:
     import jax
 
-    device: Any = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
     packages = ("metarl", "jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "hydra-core", "orbax-checkpoint")
     stats = device.memory_stats() or {}
     return {

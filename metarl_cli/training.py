@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarl_cli.core import devices
 from metarl_cli.core.interfaces import MetaLearner, Metrics, State, TaskFamily
 from metarl_cli.core.types import Key
 
@@ -145,7 +146,7 @@ def train_chunk(
         return TrainState(i + 1, state.key, new, window, windowed, failed_at, failed_by), rows
 
     rows = {name: jnp.zeros((ROWS, *x.shape), x.dtype if name == "steps" else float) for name, x in state.window.items()}
-    return jax.lax.fori_loop(0, iterations, iteration, (state, rows))
+    return devices.everywhere(jax.lax.fori_loop(0, iterations, iteration, (state, rows)))
 
 
 def _finite(tree: Any) -> jax.Array:

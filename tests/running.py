@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -152,7 +153,9 @@ def checkpoint_arrays(run: Path, name: checkpoint.Name = "last") -> dict[str, An
     """Every array of a checkpoint, read without knowing what it is of."""
     folder = run / "checkpoints" / name / str(checkpoint.latest(run, name))
     leaves = json.loads((folder / "manifest.json").read_text())["leaves"]
-    return checkpoint._read_arrays(folder / "arrays", list(leaves))
+    with checkpoint._quiet_orbax() as ocp, contextlib.closing(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as handler:
+        how = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in leaves}
+        return handler.restore((folder / "arrays").absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:

@@ -209,6 +209,8 @@ def test_a_sweep_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "_complete train algo=rl2 algo.memory.",
         "_complete eval .",
         "tarin",
+        "runs .",
+        "compare",
     ],
 )
 def test_what_has_to_be_instant_imports_nothing_heavy(line: str) -> None:

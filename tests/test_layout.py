@@ -25,6 +25,7 @@ CONFIGS = catalogue.groups()
 FLOORS = {
     "core": 0,
     "catalogue": 1,
+    "directory": 1,
     "config": 2,
     "training": 2,
     "evaluation": 2,
@@ -32,6 +33,8 @@ FLOORS = {
     "logs": 2,
     "completion": 3,
     "optimality": 3,
+    "tracking": 3,
+    "overview": 3,
     "report": 3,
     "runner": 4,
     "tables": 5,

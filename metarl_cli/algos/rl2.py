@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metarl_cli.core.devices import over_tasks
 from metarl_cli.core.distributions import Distribution
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
@@ -135,8 +136,8 @@ class RL2(MetaLearner):
     def sample(self, state: RL2State, key: Key, family: TaskFamily) -> Batch:
         """A trial in each of B fresh tasks, `[B, E * T]`."""
         key_tasks, key_live = jax.random.split(key)
-        tasks = jax.vmap(family.sample)(jax.random.split(key_tasks, self.meta_batch))
-        keys = jax.random.split(key_live, self.meta_batch)
+        tasks = over_tasks(jax.vmap(family.sample)(over_tasks(jax.random.split(key_tasks, self.meta_batch))))
+        keys = over_tasks(jax.random.split(key_live, self.meta_batch))
         return jax.vmap(lambda k, task: self.live(state, k, family, task, self.episodes))(keys, tasks)
 
     def data(self, state: RL2State, batch: Batch) -> Data:
@@ -187,7 +188,7 @@ class RL2(MetaLearner):
         of the epoch with the lowest policy loss among those within the bound.
         """
         epochs, minibatches = (self.epochs, self.minibatches) if self.outer == "ppo" else (1, 1)
-        data = jax.tree.map(lambda x: x.reshape(minibatches, self.accumulate, -1, *x.shape[1:]), data)
+        data = over_tasks(jax.tree.map(lambda x: x.reshape(minibatches, self.accumulate, -1, *x.shape[1:]), data), axis=2)
         optimizer = self.optimizer(progress)
 
         def minibatch(carry, data):

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metarl_cli.core.devices import count, over_tasks
 from metarl_cli.core.distributions import Distribution
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.networks import Policy
@@ -257,7 +258,15 @@ def map_tasks(function: Callable[..., Any], xs: Any, batch: int) -> Any:
     On a CPU one task at a time keeps its data in the cache; on an accelerator all at once fill the device. The results are
     the same up to rounding.
     """
-    size = jax.tree.leaves(xs)[0].shape[0]
+    size, n = jax.tree.leaves(xs)[0].shape[0], count()
     if batch == 0 or batch >= size:
-        return jax.vmap(function)(xs)
+        return jax.vmap(function)(over_tasks(xs))
+    if n > 1:  # one after another on each device, not across them
+        shares = jax.tree.map(lambda x: x.reshape(n, size // n, *x.shape[1:]), over_tasks(xs))
+        found = jax.vmap(lambda share: one_after_another(function, share, batch))(over_tasks(shares))
+        return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), found)
+    return one_after_another(function, xs, batch)
+
+
+def one_after_another(function: Callable[..., Any], xs: Any, batch: int) -> Any:
     return jax.lax.map(function, xs, batch_size=batch if batch > 1 else None)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from metarl_cli.core.adapt import Adapts, Data, Estimator, InnerLoop, known_tasks, map_tasks
+from metarl_cli.core.devices import over_tasks
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
 from metarl_cli.core.networks import Activation, Policy
@@ -118,7 +119,7 @@ class GradientBased(MetaLearner):
     def sample(self, state: State, key: Key, family: TaskFamily) -> tuple[Batch, Data]:
         """Fresh tasks, and what the learner lived through in each: `[B, N + 1, K, T]`."""
         key_tasks, key_live = jax.random.split(key)
-        tasks = jax.vmap(family.sample)(jax.random.split(key_tasks, self.meta_batch))
+        tasks = jax.vmap(family.sample)(over_tasks(jax.random.split(key_tasks, self.meta_batch)))
         return self.live(state, key_live, family, tasks)
 
     def live(self, state: State, key: Key, family: TaskFamily, tasks: Any) -> tuple[Batch, Data]:
@@ -135,7 +136,8 @@ class GradientBased(MetaLearner):
                 episodes=self.episodes,
             )
 
-        return jax.vmap(live)(jax.random.split(key, jax.tree.leaves(tasks)[0].shape[0]), tasks)
+        keys = jax.random.split(key, jax.tree.leaves(tasks)[0].shape[0])
+        return jax.vmap(live)(over_tasks(keys), over_tasks(tasks))
 
     def gradient(self, loss: Callable[[Params, Any], jax.Array], params: Params, tasks: Any) -> tuple[jax.Array, Params]:
         """A loss of one task and its gradient, averaged over `tasks [B, ...]`. Each is differentiated by itself."""
