@@ -97,7 +97,8 @@ def run(directory: Path, family: str, memory: str, arguments: argparse.Namespace
                 process.wait()
     rows = [row for row in read(folder) if row["seconds"] <= budget]
     if not rows:
-        raise SystemExit(f"{family}, {memory}: no meta-iteration was done; see {directory}/{family}_{memory}.log")
+        problem = f"no meta-iteration ended within {budget:.0f} s; see {directory}/{family}_{memory}.log"
+        raise SystemExit(f"{family}, {memory}: {problem}. Give it more --minutes.")
     curve = {
         "steps": [row["steps"] for row in rows],
         "seconds": [row["seconds"] for row in rows],
