@@ -634,8 +634,9 @@ class Session:
                     steps += int(own["steps"].sum())
         self.done += n
         if before:
-            means = (np.mean(x, where=np.isfinite(x)) if np.any(np.isfinite(x)) else np.nan for x in (before, after))
-            progress.update(self.done, *map(float, means), steps / seconds)
+            alive = np.isfinite(before)  # a failed seed has no numbers
+            first, last = (float(np.asarray(x)[alive].mean()) if alive.any() else float("nan") for x in (before, after))
+            progress.update(self.done, first, last, steps / seconds)
 
     def parts(self) -> list[tuple[Point, slice]]:
         """The runs that go on, and where on the axis of seeds each stands."""

@@ -156,8 +156,9 @@ def sweep(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, place + 1)
         pairs = [(point.get(name), float(point[metric])) for point in points]
-        values = list(dict.fromkeys(value for value, _ in pairs))
+        values: list[Any] = list(dict.fromkeys(value for value, _ in pairs))
         numbers = all(isinstance(value, int | float) for value in values)
+        place_of: dict[Any, Any] = {value: i for i, value in enumerate(values)}
         if numbers:
             values.sort()
             place_of = {value: value for value in values}
@@ -166,7 +167,6 @@ def sweep(points: Sequence[Mapping[str, Any]], metric: str) -> Figure:
             else:
                 axes.locator_params(axis="x", nbins=4)
         else:
-            place_of = {value: i for i, value in enumerate(values)}
             axes.set_xticks(range(len(values)), [str(value) for value in values], rotation=30 if len(values) > 4 else 0)
         means = [float(np.mean([y for value, y in pairs if value == x])) for x in values]
         axes.scatter([place_of[x] for x, _ in pairs], [y for _, y in pairs], s=9, color=BLUE, alpha=0.5, linewidths=0)

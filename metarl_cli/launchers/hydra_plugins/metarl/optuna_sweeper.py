@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -35,8 +36,10 @@ class OptunaSweeper(Sweeper):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.points, self.config = hydra_context, task_function, config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.context: HydraContext = hydra_context
+        self.points: Any = task_function  # metarl_cli.config.Points
+        self.directory = Path(config.hydra.sweep.dir)
+        self.starting: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -49,11 +52,11 @@ class OptunaSweeper(Sweeper):
 
         search.check_library()
         params = [f"{key}={value}" for key, value in self.settings["params"].items()]
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
         given = {override.key_or_group: override for override in parser.parse_overrides([*params, *arguments])}
         fixed = [str(override.input_line) for override in given.values() if not override.is_sweep_override()]
         swept = {o.get_key_element(): search.distribution(o) for o in given.values() if o.is_sweep_override()}
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         names = ("storage", "sampler", "direction", "trials", "seed")
         searching = search.Search(swept, **{name: self.settings[name] for name in names})
         returned: list[Sequence[JobReturn]] = []
@@ -61,8 +64,8 @@ class OptunaSweeper(Sweeper):
         while batch := searching.ask(self.settings["batch"]):
             points = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in batch]
             for trial, point in zip(batch, points, strict=True):
-                trial.set_user_attr("run", self.points.name(point))  # type: ignore[attr-defined]
-            returned.append(self.launcher.launch(points, initial_job_idx=started))
+                trial.set_user_attr("run", self.points.name(point))
+            returned.append(self.starting.launch(points, initial_job_idx=started))
             started += len(batch)
             for trial, point in zip(batch, returned[-1], strict=True):
                 searching.tell(trial, point.return_value.status, float(point.return_value))
