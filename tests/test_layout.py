@@ -32,6 +32,7 @@ FLOORS = {
     "checkpoint": 2,
     "logs": 2,
     "completion": 3,
+    "diagnosis": 3,
     "optimality": 3,
     "tracking": 3,
     "overview": 3,
