@@ -72,7 +72,7 @@ class WandB(Tracker):
             dir=str(run),
             config=dict(config),
             resume="allow",
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=LAST_SECONDS),
         )
 
     def log(self, iteration: int, numbers: Mapping[str, float]) -> None:
