@@ -316,7 +316,20 @@ def test_completion_of_commands_choices_and_keys(capsys: pytest.CaptureFixture[s
     assert complete("nonsense ", capsys) == []
 
 
-COMMANDS = ("train", "eval", "resume", "show", "table", "reproduce", "report", "list", "completion")
+COMMANDS = (
+    "train",
+    "eval",
+    "resume",
+    "diagnose",
+    "runs",
+    "compare",
+    "show",
+    "table",
+    "reproduce",
+    "report",
+    "list",
+    "completion",
+)
 MAIN_WORDS = (*COMMANDS, "--help", "--version")
 
 

@@ -299,7 +299,7 @@ def test_what_a_resumed_run_keeps(finished: Finished, words: list[str], capsys: 
     before = digests(finished.run)
     assert metarl("resume", finished.run, *words, "iterations=9") == 2
     message = capsys.readouterr().err
-    assert f"{words[0]}: cannot be changed in an existing run. Allowed: iterations, device." in message
+    assert f"{words[0]}: cannot be changed in an existing run. Allowed: iterations, device, devices, logger." in message
     assert digests(finished.run) == before
 
 
