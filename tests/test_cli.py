@@ -233,7 +233,7 @@ def test_every_key_in_the_short_help_exists(capsys: pytest.CaptureFixture[str]) 
     main(["train", "--help"])
     listed = capsys.readouterr().out.partition("Keys that are often set:")[2]
     keys = {word.partition("=")[0] for word in listed.partition("metarl train")[0].split() if "=" in word}
-    known = {"hydra.run.dir"}
+    known = {"hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra/sweeper", "sweep"}
     for env in ("point_nav", "bandit"):
         known |= {row.key for row in config.rows(config.compose(["algo=maml", f"env={env}"]))}
     assert len(keys) > 15 and keys <= known
