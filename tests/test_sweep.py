@@ -119,7 +119,8 @@ def test_points_side_by_side_are_points_alone(algo: str, env: str) -> None:
         start = training.init(candidate.learner, candidate.family, own)
         expected, windows = run_chunks(start, candidate.learner, candidate.family, [2], total=2)
         assert_close(part.learner, expected.learner)
-        assert_close({name: x[:, first : first + len(own)] for name, x in found.items()}, windows)
+        # atol: the loss of MAML is 0 but for rounding, before the first outer step.
+        assert_close({name: x[:, first : first + len(own)] for name, x in found.items()}, windows, atol=1e-12)
         np.testing.assert_array_equal(jax.random.key_data(part.key), jax.random.key_data(expected.key))
         first += len(own)
     rejoined = training.join(training.split(state, sizes))
