@@ -283,10 +283,11 @@ def estimators(estimates: Sequence[Any]) -> Figure:
     """
     figure = _figure(TEXT, 2.3)
     left, middle, right = figure.subplots(1, 3)
-    for name, colour in zip(dict.fromkeys(e.estimator for e in estimates), CYCLE, strict=False):
+    names = dict.fromkeys(e.estimator for e in estimates)
+    for name, colour, marker in zip(names, CYCLE, _MARKERS, strict=False):
         of_name = [e for e in estimates if e.estimator == name]
         size = [e.episodes for e in of_name]
-        marked: Any = {"color": colour, "marker": "o", "markersize": 3, "label": name}
+        marked: Any = {"color": colour, "marker": marker, "markersize": 3.5, "label": name}
         left.plot(size, [e.cosine["mean"] for e in of_name], **marked)
         low, high = ([e.cosine[key] for e in of_name] for key in ("ci_low", "ci_high"))
         left.fill_between(size, low, high, color=colour, alpha=0.18, linewidth=0)
