@@ -93,7 +93,8 @@ def describe(found: dict[str, Any]) -> str:
     if "regret" in found:
         text += f", its regret {found['regret']:.3f}"
     if "episodes" in found:
-        text += f", by episode {', '.join(f'{x:.3f}' for x in found['episodes'])}"
+        each = [f"{x:.3f}" for x in found["episodes"]]
+        text += f", by episode {', '.join(each if len(each) <= 12 else [*each[:5], '...', each[-1]])}"
     text += f"\nrandom: {found['random']:.2f}; "
     if found["share"] is None:
         return text + "there is no gap to close"
