@@ -79,12 +79,12 @@ def tune(directory: Path, settings: list[str]) -> dict[str, float]:
     path = directory / "tuned.json"
     if not path.exists():
         scores = {}
-        learner, *where = built(
+        learner, family, where = built(
             ["algo=actor_critic", *TRAIN, "algo.hidden=[]", *settings, "eval.split=train", "eval.seed=1"]
         )
         for lr, entropy in itertools.product(RATES, ENTROPIES):
             changed = dataclasses.replace(learner, inner_lr=lr, entropy=entropy)
-            scores[f"{lr},{entropy}"] = float(curve(changed, *where, [0]).mean())
+            scores[f"{lr},{entropy}"] = float(curve(changed, family, where, [0]).mean())
             print(f"actor-critic, lr {lr:g}, entropy {entropy:g}: {scores[f'{lr},{entropy}']:.3f}", flush=True)
         lr, entropy = map(float, max(scores, key=scores.__getitem__).split(","))
         path.write_text(json.dumps({"scores": scores, "inner_lr": lr, "entropy": entropy}))
@@ -113,8 +113,8 @@ def main() -> None:
         file = given.directory / f"{name.replace(' ', '_')}.npz"
         if not file.exists():
             rule = np.concatenate([rule_curve(Path(run), [*lines, *settings]) for run in runs])
-            learner, *where = built(["algo=actor_critic", *lines, "algo.hidden=[]", *settings])
-            tuned = curve(dataclasses.replace(learner, **best), *where, list(range(len(runs))))
+            learner, family, where = built(["algo=actor_critic", *lines, "algo.hidden=[]", *settings])
+            tuned = curve(dataclasses.replace(learner, **best), family, where, list(range(len(runs))))
             np.savez(file, lpg=rule, actor_critic=tuned)
         with np.load(file) as arrays:
             both = dict(arrays)
