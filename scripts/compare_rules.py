@@ -21,9 +21,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metarl_cli import config, evaluation, runner
+from metarl_cli.core.interfaces import TaskFamily
+from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.statistics import summarise
 
 TRAIN = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
@@ -39,17 +43,21 @@ RATES, ENTROPIES = (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2, 1e-1)
 SHOWN = (0, 5, 10, 20, 50, 100)  # updates
 
 
-def curve(lines: list[str], settings: list[str], seeds: list[int], state: Any = None, **changes: Any) -> np.ndarray:
-    """Returns `[S, N, P]`: mean of each point's episodes."""
-    composed = config.compose([*lines, *settings])
-    learner, family = config.build(composed.config)
-    learner = dataclasses.replace(learner, **changes)  # type: ignore[type-var]
-    if state is None:
-        import jax
+def built(lines: list[str]) -> tuple[Any, TaskFamily, EvalSettings]:
+    composed = config.compose(lines)
+    return (*config.build(composed.config), composed.config.eval)
 
-        keys = jax.vmap(jax.random.key)(np.asarray(seeds))
-        state = jax.vmap(lambda key: learner.learned(learner.init(key, family)))(keys)
-    return evaluation.evaluate(learner, state, family, composed.config.eval, seeds).returns.mean(3)
+
+@jax.jit
+def untrained(learner: Any, family: TaskFamily, keys: jax.Array) -> Any:
+    """`[S, ...]`; with the learner as an argument, so that its 16 settings compile once."""
+    return jax.vmap(lambda key: learner.learned(learner.init(key, family)))(keys)
+
+
+def curve(learner: Any, family: TaskFamily, settings: EvalSettings, seeds: list[int]) -> np.ndarray:
+    """Returns of a learner as it starts, `[S, N, P]`: mean of each point's episodes."""
+    state = untrained(learner, family, jax.vmap(jax.random.key)(jnp.array(seeds)))
+    return evaluation.evaluate(learner, state, family, settings, seeds).returns.mean(3)
 
 
 def trained(directory: Path, seed: int, overrides: list[str]) -> Path:
@@ -71,10 +79,12 @@ def tune(directory: Path, settings: list[str]) -> dict[str, float]:
     path = directory / "tuned.json"
     if not path.exists():
         scores = {}
+        learner, family, where = built(
+            ["algo=actor_critic", *TRAIN, "algo.hidden=[]", *settings, "eval.split=train", "eval.seed=1"]
+        )
         for lr, entropy in itertools.product(RATES, ENTROPIES):
-            changes = {"inner_lr": lr, "entropy": entropy}
-            lines = ["algo=actor_critic", *TRAIN, "algo.hidden=[]", "eval.split=train", "eval.seed=1"]
-            scores[f"{lr},{entropy}"] = float(curve(lines, settings, [0], **changes).mean())
+            changed = dataclasses.replace(learner, inner_lr=lr, entropy=entropy)
+            scores[f"{lr},{entropy}"] = float(curve(changed, family, where, [0]).mean())
             print(f"actor-critic, lr {lr:g}, entropy {entropy:g}: {scores[f'{lr},{entropy}']:.3f}", flush=True)
         lr, entropy = map(float, max(scores, key=scores.__getitem__).split(","))
         path.write_text(json.dumps({"scores": scores, "inner_lr": lr, "entropy": entropy}))
@@ -103,8 +113,9 @@ def main() -> None:
         file = given.directory / f"{name.replace(' ', '_')}.npz"
         if not file.exists():
             rule = np.concatenate([rule_curve(Path(run), [*lines, *settings]) for run in runs])
-            tuned = ["algo=actor_critic", *lines, "algo.hidden=[]"]
-            np.savez(file, lpg=rule, actor_critic=curve(tuned, settings, list(range(len(runs))), **best))
+            learner, family, where = built(["algo=actor_critic", *lines, "algo.hidden=[]", *settings])
+            tuned = curve(dataclasses.replace(learner, **best), family, where, list(range(len(runs))))
+            np.savez(file, lpg=rule, actor_critic=tuned)
         with np.load(file) as arrays:
             both = dict(arrays)
         gain = summarise((both["lpg"] - both["actor_critic"]).mean(2))
