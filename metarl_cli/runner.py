@@ -596,7 +596,8 @@ class Session:
                         progress.status("compiling")
                         chunk = self.shrink()
                 # Where the states of many runs take long to write, it is done more seldom.
-                if time.monotonic() - self.saved > max(SAVE_SECONDS, 10 * self.save_seconds):
+                often = SAVE_SECONDS if self.alone else max(SAVE_SECONDS, 10 * self.save_seconds)
+                if time.monotonic() - self.saved > often:
                     self.save()
             self.save()
 

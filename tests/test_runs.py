@@ -831,13 +831,13 @@ def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone lists and limits the memory maps of a process")
 def test_a_sweep_keeps_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run maps memory more than a thousand times; a process may 65,530 times."""
-    maps, train = [], runner.train
+    maps, go_on = [], runner.Session.go_on
 
-    def counted(composed: Any) -> Path:
+    def counted(session: runner.Session) -> None:
         maps.append(len(Path("/proc/self/maps").read_text().splitlines()))
-        return train(composed)
+        go_on(session)
 
-    monkeypatch.setattr(runner, "train", counted)
+    monkeypatch.setattr(runner.Session, "go_on", counted)
     lines = walker("seeds=1", "env.k=3,4,5", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert metarl("train", "-m", f"--config-dir={own_configs(tmp_path)}", *lines) == 0
     assert len(maps) == 3 and maps[2] - maps[1] < 100
