@@ -403,7 +403,7 @@ def test_a_sweep_of_a_users_own_configs(mine: Path, monkeypatch: pytest.MonkeyPa
         ),
         (["algo.lr=interval(-1,1)", "hydra/sweeper=optuna"], "algo.lr=-1.0: must be a number > 0"),
         (["seed=0,1", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: cannot be set"),
-        (["sweep=rl2", "algo=maml"], "algo.entropy=0.0: no such key. algo=rl2 has it, algo=maml does not"),
+        (["sweep=rl2", "algo=maml"], "algo.entropy=0.0: no such key."),
         (["seed=0,1", "hydra.launcher._target_=os.system"], "Hydra may use its own plug-ins only"),
     ],
 )
