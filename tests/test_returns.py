@@ -185,3 +185,9 @@ def test_normaliser_switched_off():
     normaliser = normaliser.update(batch_of(x[None], x[None, :, 0], jnp.ones((1, 4), bool)), 0.9)
     np.testing.assert_array_equal(normaliser.observe(x), x)
     np.testing.assert_array_equal(normaliser.scale(x), x)
+
+
+def test_standardising_equal_values_has_a_derivative():
+    """Of a square root at 0: meta-gradients go through it, where all rewards of a batch are the same."""
+    slope = jax.grad(lambda scale: jnp.sum(standardise(scale * jnp.ones(4), jnp.ones(4, bool)) ** 2))(2.0)
+    assert jnp.isfinite(slope)

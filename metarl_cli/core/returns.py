@@ -52,9 +52,9 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Over the entries where `mask` holds; the standard deviation is never 0."""
+    """Over the entries where `mask` holds; the standard deviation is never 0, and its derivative never infinite."""
     mean = masked_mean(x, mask)
-    return mean, jnp.sqrt(masked_mean((x - mean) ** 2, mask)) + 1e-8
+    return mean, jnp.sqrt(masked_mean((x - mean) ** 2, mask) + 1e-16)
 
 
 def standardise(x: jax.Array, mask: jax.Array) -> jax.Array:
