@@ -52,8 +52,13 @@ T = TypeVar("T")
 _RESOLVERS = {"hydra", "now", "oc.select", "python_version"}
 _HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper", "hydra.launcher")
 _HYDRA_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
-_PACKAGES = {"submitit_slurm": "hydra-submitit-launcher", "submitit_local": "hydra-submitit-launcher"}
-_PACKAGES |= {"ray": "hydra-ray-launcher", "joblib": "hydra-joblib-launcher"}
+_ENGINES = ("hydra_plugins.hydra_submitit_launcher.", "hydra_plugins.hydra_ray_launcher.")
+_PACKAGES = {  # of launchers that are installed separately
+    "submitit_slurm": "hydra-submitit-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "ray": "hydra-ray-launcher",
+    "joblib": "'metarl[joblib]'",
+}
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -438,6 +443,9 @@ def sweep(
         _check_hydra(config)
         HydraConfig.instance().set_config(config)
         directory = Path(_resolve(config, "hydra.sweep.dir")).expanduser()
+        if str(config.hydra.launcher._target_).startswith(_ENGINES):  # who may work in another directory
+            directory = directory.absolute()
+            lines.append(f"hydra.sweep.dir={_quote(str(directory))}")
         given = {override.key_or_group for override in parsed}
         params = {key: value for key, value in (config.hydra.sweeper.get("params") or {}).items() if key not in given}
         space = [_parse(f"{key}={value}", known, hydra) for key, value in params.items()]
@@ -449,7 +457,8 @@ def sweep(
                 problem = "an interval has no end of values"
                 raise ConfigError(override.key_or_group, _text(override), problem, hint="Add hydra/sweeper=optuna.")
         points = Points(job, directory, [override.get_key_element().lstrip("+") for override in swept])
-        returned = hydra.multirun("train", points, lines, with_log_configuration=False)
+        with _engine_errors():
+            returned = hydra.multirun("train", points, lines, with_log_configuration=False)
     return directory, [point.return_value for batch in returned for point in batch]
 
 
@@ -827,6 +836,19 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
                 raise ConfigError(key, match[2], f"the chosen {catalogue.noun(outer)} takes none") from None
             raise ConfigError(key, match[2], "a run has none unless it is added", hint=f"Write +{key}={match[2]}.") from None
         raise ConfigError("config", None, f"cannot be composed: {_first_line(cause)}") from None
+
+
+@contextmanager
+def _engine_errors() -> Iterator[None]:
+    """What Slurm or Ray refuse, in one paragraph."""
+    try:
+        yield
+    except Exception as error:
+        engine = type(error).__module__.partition(".")[0]
+        if engine not in ("submitit", "ray"):
+            raise
+        said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise MetarlError(f"hydra/launcher ({engine}): {said[-1000:] or type(error).__name__}") from error
 
 
 def _check_hydra(config: DictConfig) -> None:

@@ -567,7 +567,6 @@ class Session:
             return
         with Progress(total, self.console) as progress:
             progress.status("compiling")
-            self.state = devices.place(self.state)
             chunk = self.compile()
             length = 1
             while self.done < total and self.alive():
@@ -609,6 +608,7 @@ class Session:
         from metarl_cli import training
 
         began = time.monotonic()
+        self.state = devices.place(self.state)
         args = (self.learner, self.family)
         counts = (jnp.asarray(self.config.iterations), jnp.asarray(self.config.log_every), self.swept)
         # Saves a fifth of the compile time or more at the same speed: on a CPU the matrix products are not LLVM's.

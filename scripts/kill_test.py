@@ -30,7 +30,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 from running import assert_same_run, driver, small  # noqa: E402 - the tests' way to run and compare
 
 # A chunk is one meta-iteration, and a checkpoint follows each. No figures: they come after the result.
-HASTY = "runner.CHUNK_SECONDS, runner.SAVE_SECONDS = 0, -1\nrunner.Session.draw = lambda *_: None"
+HASTY = "runner.CHUNK_SECONDS, runner.SAVE_SECONDS = 0, -1\nrunner.Point.draw = lambda *_: None"
 RUN = small("rl2", "bandit", "iterations=15", "log_every=2", "eval.every=6")
 
 

@@ -14,7 +14,7 @@ from running import ROOT, assert_identical, checkpoint_arrays, driver, environme
 
 BARE = """
 from metarl_cli import optimality
-runner.Session.draw = lambda *_: None
+runner.Point.draw = lambda *_: None
 optimality.compare = lambda *_: {}
 """
 

@@ -41,7 +41,7 @@ WALK = walker("iterations=12", "eval.every=4", "log_every=2")
 @pytest.fixture(scope="module", autouse=True)
 def hasty() -> Iterator[None]:
     with hasty_compiler(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Session, "draw", lambda *_: None)
+        patch.setattr(runner.Point, "draw", lambda *_: None)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 
@@ -163,7 +163,7 @@ def test_the_device_runs_out_of_memory_all_the_same(
     def full(*_: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12884901888 bytes.")
 
-    monkeypatch.setattr(runner.Session, "finish", full)
+    monkeypatch.setattr(runner.Point, "finish", full)
     assert metarl("train", f"--config-dir={own_configs(tmp_path)}", *WALK, f"hydra.run.dir={tmp_path / 'run'}") == 2
     message = capsys.readouterr().err
     assert "not enough memory on the device" in message and "seeds=3" in message and len(message.splitlines()) == 1

@@ -19,7 +19,7 @@ from metarl_cli import optimality, runner, tracking
 
 BARE = """
 from metarl_cli import optimality
-runner.Session.draw = lambda *_: None
+runner.Point.draw = lambda *_: None
 optimality.compare = lambda *_: {}
 """
 WALK = walker("iterations=6", "log_every=2", "eval.every=4")
@@ -28,7 +28,7 @@ WALK = walker("iterations=6", "log_every=2", "eval.every=4")
 @pytest.fixture(scope="module", autouse=True)
 def hasty() -> Iterator[None]:
     with hasty_compiler(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Session, "draw", lambda *_: None)
+        patch.setattr(runner.Point, "draw", lambda *_: None)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 
@@ -166,7 +166,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: Any, *arguments: Any) -> None:
         original(self, *arguments)
         if self.done == 4:
-            self.trackers.close()
+            self.points[0].trackers.close()
             raise KeyboardInterrupt  # as if by kill -9: nothing is saved
 
     with monkeypatch.context() as patch:
