@@ -37,6 +37,7 @@ Name = Literal["last", "best"]
 _FORMAT = 1
 _NEW, _OLD = ".unfinished-", ".replaced-"
 _ROOM = 16_000_000  # bytes that a checkpoint may have beside twice its arrays
+_REST = 10_000_000_000  # bytes that the rest of a state may have of which only a part is restored
 _ADVICE = "Put the file back from a copy of the run, or delete this checkpoint and train again."
 _log = logging.getLogger("metarl")
 
@@ -120,7 +121,7 @@ def restore(run: Path, name: Name, like_state: Any, part: bool = False) -> tuple
     like = _named_leaves(like_state)
     saved = {leaf: x for leaf, x in manifest["leaves"].items() if leaf in like or not part}
     _check_fit(folder, saved, {leaf: _describe(x) for leaf, x in like.items()})
-    room = math.inf if part else _ROOM + 2 * sum(_bytes(x) for x in like.values())
+    room = _ROOM + 2 * sum(_bytes(x) for x in like.values()) + (_REST if part else 0)
     for relative, expected in manifest["files"].items():
         path = folder / relative
         if not path.resolve().is_relative_to(folder.resolve()):

@@ -223,6 +223,8 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
         ConfigError: for a mistake in the overrides.
     """
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     file = directory.config_of(run)
     try:
@@ -270,7 +272,7 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
             _apply(stored, parsed)
             recorded = _resolve(stored)
             config = validate(recorded, choices)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):  # a record, which may be damaged
         overrides = [*(str(line) for line in OmegaConf.load(run / "overrides.yaml")), *overrides]
     names = str(choices["algo"]), str(choices["env"]), choices.get("experiment")
     return Composed(config, recorded, list(overrides), run, True, *names)
