@@ -243,7 +243,9 @@ def from_run(run: Path, overrides: Sequence[str], allowed: tuple[str, ...]) -> C
             f"{run}: is an evaluation of a learner that was never trained. There is nothing to go on with: "
             f"evaluate it anew with metarl eval algo={choices['algo']} env={choices['env']}."
         )
-    for target in [value for _, value in _targets(recorded, "config")] + [(recorded.get("env") or {}).get("id")]:
+    env = recorded.get("env")
+    ids = [env.get("id")] if isinstance(env, dict) else []
+    for target in [value for _, value in _targets(recorded, "config")] + ids:
         if isinstance(target, str) and _lies_in(run, target):
             raise RunError(f"{file}: {target} lies in the run directory itself, and nothing of it is ever run.")
     try:
