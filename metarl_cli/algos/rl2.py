@@ -30,7 +30,7 @@ from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
 from metarl_cli.core.losses import surrogate
 from metarl_cli.core.memory import MemorySettings
 from metarl_cli.core.networks import Critic, RecurrentActorCritic
-from metarl_cli.core.returns import Normaliser, episode_returns, gae, masked_mean, standardise
+from metarl_cli.core.returns import Normaliser, episode_returns, gae, masked_mean, standardise, summed_up
 from metarl_cli.core.rollout import by_episode, previous_steps, rollout, spaces
 from metarl_cli.core.settings import AlgoSettings, EvalSettings, Widths, setting
 from metarl_cli.core.types import Batch, Key, Params, Plan, Trial, pytree, static
@@ -118,8 +118,7 @@ class RL2(MetaLearner):
     def trial(self, state: RL2State, key: Key, family: TaskFamily, task: Any, plan: Plan) -> Trial:
         batch = by_episode(self.live(state, key, family, task, plan.points, plan.greedy), plan.points, family.horizon)
         batch = jax.tree.map(lambda x: x[:, None], batch)  # K = 1
-        regret = None if batch.regret is None else jnp.sum(jnp.where(batch.valid, batch.regret, 0), -1)
-        return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
+        return summed_up(batch)
 
     def update(self, state: RL2State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[RL2State, Metrics]:
         batch = self.sample(state, key, family)

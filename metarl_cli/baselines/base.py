@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import Learner, TaskFamily
-from metarl_cli.core.returns import episode_returns
+from metarl_cli.core.returns import summed_up
 from metarl_cli.core.rollout import Spaces, rollout
 from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.types import Batch, Key, Plan, Previous, Trial, pytree, static
@@ -79,9 +79,7 @@ class Classical(Learner):
 
 def to_trial(batch: Batch) -> Trial:
     """Episodes `[E, T]` as a trial of E points with K = 1."""
-    batch = jax.tree.map(lambda x: x[:, None], batch)
-    regret = None if batch.regret is None else jnp.sum(jnp.where(batch.valid, batch.regret, 0), -1)
-    return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
+    return summed_up(jax.tree.map(lambda x: x[:, None], batch))
 
 
 def refuse(family: TaskFamily, learner: str, fits: str) -> NoReturn:

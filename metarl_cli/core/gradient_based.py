@@ -21,7 +21,7 @@ from metarl_cli.core.devices import over_tasks
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
 from metarl_cli.core.networks import Activation, Policy
-from metarl_cli.core.returns import Normaliser, episode_returns, masked_mean
+from metarl_cli.core.returns import Normaliser, episode_returns, masked_mean, summed_up
 from metarl_cli.core.rollout import Spaces, spaces
 from metarl_cli.core.rules import MetaLSTM, Optax, Recurrent
 from metarl_cli.core.settings import AlgoSettings, EvalSettings, Widths, setting
@@ -98,8 +98,7 @@ class GradientBased(MetaLearner):
             episodes=plan.episodes,
             decay=plan.decay,
         )
-        regret = None if batch.regret is None else jnp.sum(jnp.where(batch.valid, batch.regret, 0), -1)
-        return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
+        return summed_up(batch)
 
     def update(self, state: State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[State, Metrics]:
         batch, data = self.sample(state, key, family)

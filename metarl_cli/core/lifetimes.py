@@ -26,7 +26,7 @@ from metarl_cli.core.adapt import map_tasks, policy_data
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import MetaLearner, Metrics, TaskFamily
 from metarl_cli.core.networks import Activation, AgentNetwork, Policy
-from metarl_cli.core.returns import Normaliser, episode_returns, masked_mean
+from metarl_cli.core.returns import Normaliser, episode_returns, masked_mean, summed_up
 from metarl_cli.core.rollout import rollout, spaces
 from metarl_cli.core.settings import AlgoSettings, EvalSettings, Widths, setting
 from metarl_cli.core.types import Batch, Key, Params, Plan, Trial, pytree, static
@@ -208,8 +208,7 @@ class Lifetimes(MetaLearner):
         key_agent, key_live = jax.random.split(key)
         agent = self.born(key_agent)
         _, batch = self.live(state.params, agent, key_live, family, task, plan.points - 1, plan.episodes)
-        regret = None if batch.regret is None else jnp.sum(jnp.where(batch.valid, batch.regret, 0), -1)
-        return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
+        return summed_up(batch)
 
     def update(self, state: State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[State, Metrics]:
         key_life, key_live, key_noise = jax.random.split(key, 3)

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from metarl_cli.core.types import Batch
+from metarl_cli.core.types import Batch, Trial
 
 
 def discounted(x: jax.Array, decay: jax.Array) -> jax.Array:
@@ -66,6 +66,12 @@ def standardise(x: jax.Array, mask: jax.Array) -> jax.Array:
 def episode_returns(batch: Batch) -> jax.Array:
     """Undiscounted return of each episode, `[..., T] -> [...]`."""
     return jnp.sum(jnp.where(batch.valid, batch.reward, 0), axis=-1)
+
+
+def summed_up(batch: Batch) -> Trial:
+    """Episodes `[P, K, T]` as a trial."""
+    regret = None if batch.regret is None else jnp.sum(jnp.where(batch.valid, batch.regret, 0), -1)
+    return Trial(episode_returns(batch), jnp.sum(batch.valid, -1), regret, batch)
 
 
 def linear_baseline(observation: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
