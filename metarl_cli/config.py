@@ -90,7 +90,9 @@ class TrainConfig(RunConfig):
         "of the evaluation: what a sweep compares; of a trial, or of an episode before or after adaptation"
     )
     figures: bool = setting("draw them at the end")
-    devices: Literal["one", "all"] = setting("all: the tasks of a meta-batch are spread over all devices, of all processes")
+    devices: Literal["auto", "one", "all"] = setting(
+        "over which the tasks of a meta-batch are spread; auto: on a CPU all cores, else one; all: those of all processes"
+    )
     logger: Loggers = setting("where metrics go: metrics.jsonl always, beside it TensorBoard or Weights & Biases")
 
 
@@ -540,10 +542,11 @@ def validate(
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    if resolved.get("devices") == "all":  # and that has to wait until all processes are there
+    if resolved.get("devices") in ("auto", "all"):
         from metarl_cli.core import devices
 
-        devices.connect()
+        # `all` has to wait until all processes are there
+        (devices.offer_cores if resolved["devices"] == "auto" else devices.connect)()
     root = _root(resolved, cls)
     errors: list[ConfigError] = []
     config = _instance(root, root, errors, choices or {}, known or {})

@@ -730,7 +730,7 @@ def configure_jax(config: RunConfig) -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{cache}/metarl/jax")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    devices.start(getattr(config, "devices", "one") == "all")
+    devices.start(getattr(config, "devices", "one"), getattr(config.algo, "meta_batch", None))
     # `config` has told JAX already, unless this process computed before: a notebook, or a sweep over devices.
     elsewhere = config.device == "cpu" and jax.default_backend() != "cpu"
     jax.config.update("jax_default_device", jax.devices("cpu")[0] if elsewhere else None)
@@ -974,7 +974,7 @@ def provenance() -> dict[str, Any]:
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             "peak_device_bytes": stats.get("peak_bytes_in_use"),
         },
-        "device": {"platform": device.platform, "kind": device.device_kind, "cores": os.cpu_count()},
+        "device": {"platform": device.platform, "kind": device.device_kind, "cores": devices.cores()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "git_revision": git_revision(),
     }

@@ -136,20 +136,18 @@ def main() -> None:
 
 
 def print_all(found: dict[str, Timing], points: int, settings: list[str]) -> None:
-    import jax
-
     from metarl_cli import runner
 
     about: Any = runner.provenance()
-    print(f"device: {about['device']['kind']}, {about['device']['cores']} cores, {jax.default_backend()}")
+    print(f"device: {about['device']['kind']}, {about['device']['cores']} cores")
     print(f"versions: { ({name: about['versions'][name] for name in ('python', 'metarl', 'jax', 'jaxlib')}) }")
     print(f"{points} points: {' '.join(settings)}\n")
-    print(f"{'':<24}{'wall':>9}{'a point':>9}{'compiling':>11}{'peak memory':>13}{'vmap is':>14}   mean trial return")
+    print(f"{'':<24}{'wall':>9}{'a point':>9}{'compiling':>11}{'peak memory':>13}{'vmap is':>18}   mean trial return")
     for way, (wall, compiling, peak, metrics) in found.items():
         ratio = f"{wall / found['vmap'].wall:.1f} x as fast" if "vmap" in found and way != "vmap" else ""
         mean, error = statistics.mean(metrics), statistics.stdev(metrics) / math.sqrt(len(metrics))
         print(
-            f"{way:<24}{wall:>7.1f} s{wall / points:>7.2f} s{compiling:>9.1f} s{peak / 1e9:>10.2f} GB{ratio:>14}"
+            f"{way:<24}{wall:>7.1f} s{wall / points:>7.2f} s{compiling:>9.1f} s{peak / 1e9:>10.2f} GB{ratio:>18}"
             f"   {mean:.3f} +- {error:.3f}"
         )
 

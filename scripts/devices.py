@@ -1,8 +1,6 @@
-"""What `devices=all` gains: seconds of a meta-iteration on one device and on all.
+"""What spreading the tasks gains: seconds of a meta-iteration on one device and with `devices=auto`.
 
-    .venv/bin/python scripts/devices.py algo=maml env=point_nav
-
-On a CPU the cores are made into devices of one thread each: XLA_FLAGS=--xla_force_host_platform_device_count=2.
+.venv/bin/python scripts/devices.py algo=maml env=point_nav
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ def main() -> None:
     composed = config.compose(sys.argv[1:])
     runner.configure_jax(composed.config)
     learner, family = config.build(composed.config)
-    for spread in (False, True):
-        devices.start(spread)
+    for spread in ("one", "auto"):
+        devices.start(spread, composed.config.algo.model_dump()["meta_batch"])
         state = devices.place(training.init(learner, family, [0]))
         counts = (jnp.asarray(1_000_000), jnp.asarray(1))
         chunk = training.train_chunk.lower(state, learner, family, jnp.asarray(1), *counts).compile()

@@ -30,6 +30,7 @@ TIMING = ("seconds", "steps_per_second")  # all that may differ between two runs
 # Values that make a run small, for whatever algorithm or family has the key: so that a new YAML file is tested, and
 # quickly, without a test of its own.
 SMALL = {
+    "devices": "one",
     "algo.meta_batch": "4",
     "algo.minibatches": "2",
     "algo.episodes": "2",

@@ -24,12 +24,14 @@ import jax, jax.numpy as jnp, numpy as np
 from running import build, run_chunks, small
 from metarl_cli import evaluation, runner, training
 from metarl_cli.core import devices
+from metarl_cli.core.adapt import map_tasks
 from metarl_cli.core.errors import ConfigError
 
 jax.config.update("jax_enable_x64", True)
 algo, env, *more = sys.argv[1:]
 config, learner, family = build(small(algo, env, *more))
 assert jax.device_count() == 2 and devices.count() == 1
+meta_batch = learner.meta_batch
 
 def run():
     state = devices.place(training.init(learner, family, [0, 1]))
@@ -37,7 +39,7 @@ def run():
     return state, rows, evaluation.evaluate(learner, state.learner, family, config.eval, [0, 1])
 
 one = run()
-devices.start(True)
+devices.start("auto", meta_batch)
 assert devices.count() == 2
 two = run()
 assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(two[0]))
@@ -50,13 +52,17 @@ counts = (jnp.asarray(1), jnp.asarray(2), jnp.asarray(1))
 text = training.train_chunk.lower(two[0], learner, family, *counts).compile().as_text()
 assert "all-reduce" in text or "all-gather" in text, "nothing is spread"
 
-_, odd, family = build(small(algo, env, "algo.meta_batch=5", *(["algo.minibatches=5"] if algo == "rl2" else []), *more))
+double = jax.jit(lambda x: map_tasks(lambda y: 2 * y, x, 1))
+for n in (3, 4):  # 3 cannot be shared out
+    np.testing.assert_array_equal(double(jnp.arange(n)), 2 * np.arange(n))
+devices.start("auto", 5)
+assert devices.count() == 1
 try:
-    training.init(odd, family, [0])
+    devices.start("all", 5)
     raise AssertionError("5 tasks over 2 devices")
 except ConfigError as error:
-    assert "devices=all: 5 tasks cannot be shared out evenly over 2 devices" in str(error), error
-devices.start(False)
+    assert "algo.meta_batch=5: cannot be shared out evenly over 2 devices" in str(error), error
+devices.start("one", meta_batch)
 assert devices.count() == 1
 """
 

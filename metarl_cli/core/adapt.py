@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metarl_cli.core.devices import count, over_tasks
+from metarl_cli.core.devices import over_tasks, shares
 from metarl_cli.core.distributions import Distribution
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.networks import Policy
@@ -258,12 +258,13 @@ def map_tasks(function: Callable[..., Any], xs: Any, batch: int) -> Any:
     On a CPU one task at a time keeps its data in the cache; on an accelerator all at once fill the device. The results are
     the same up to rounding.
     """
-    size, n = jax.tree.leaves(xs)[0].shape[0], count()
+    size = jax.tree.leaves(xs)[0].shape[0]
+    n = shares(size)
     if batch == 0 or batch >= size:
         return jax.vmap(function)(over_tasks(xs))
     if n > 1:  # one after another on each device, not across them
-        shares = jax.tree.map(lambda x: x.reshape(n, size // n, *x.shape[1:]), over_tasks(xs))
-        found = jax.vmap(lambda share: one_after_another(function, share, batch))(over_tasks(shares))
+        parts = jax.tree.map(lambda x: x.reshape(n, size // n, *x.shape[1:]), over_tasks(xs))
+        found = jax.vmap(lambda part: one_after_another(function, part, batch))(over_tasks(parts))
         return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), found)
     return one_after_another(function, xs, batch)
 

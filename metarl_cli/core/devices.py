@@ -1,7 +1,9 @@
-"""One run on many devices: the tasks of a meta-batch are spread over them (`devices=all`).
+"""One run on many devices: the tasks of a meta-batch are spread over them.
 
-Each device lives through its share of the tasks and differentiates them; XLA puts the sums across devices where means over
-tasks are taken, so that no learner knows of it beyond naming the axis of tasks, `over_tasks`. The state is the same on all.
+`devices=auto` makes each core of a CPU a device of one thread, which is faster than one device with XLA's threads, and takes
+one GPU; `all` takes all devices, of all processes. Each lives through its share of the tasks and differentiates them; XLA
+puts the sums across devices where means over tasks are taken, so that no learner knows of it beyond naming the axis of
+tasks, `over_tasks`. The state is the same on all.
 
 Several processes, on one machine or on many, do this together: `connect`. Each runs the same program and
 computes the same numbers; only the first of them writes (`first`).
@@ -9,8 +11,9 @@ computes the same numbers; only the first of them writes (`first`).
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, get_abstract_me
 from metarl_cli.core.errors import ConfigError
 
 AXIS = "tasks"
+FORCED = "--xla_force_host_platform_device_count"
+Devices = Literal["auto", "one", "all"]
+
+
+def offer_cores() -> None:
+    """Before anything is computed: each core that this process may use becomes a device, unless XLA_FLAGS says otherwise."""
+    if FORCED not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # something was computed: the devices are what they are
+            jax.config.update("jax_num_cpu_devices", cores())
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def connect() -> None:
@@ -37,14 +54,26 @@ def connect() -> None:
             raise ConfigError("devices", "all", problem, hint=hint) from error
 
 
-def start(spread: bool) -> None:
+def start(spread: Devices, tasks: int | None) -> None:
     """Sets the devices of the programs that come.
 
     Args:
-        spread: over all devices, of all processes; else on the first.
+        spread: `one`: the first; `auto`: on a CPU as many as share the tasks out evenly; `all`: all, of all processes.
+        tasks: of a meta-batch, where there is one.
+
+    Raises:
+        ConfigError: all devices cannot share the tasks out evenly.
     """
-    if spread or count() > 1:
-        devices = jax.devices() if spread else jax.devices()[:1]
+    devices = (
+        jax.devices() if spread == "all" or (spread == "auto" and jax.default_backend() == "cpu") else jax.devices()[:1]
+    )
+    if spread == "auto":
+        devices = devices[: max(n for n in range(1, len(devices) + 1) if (tasks or 1) % n == 0)]
+    elif tasks is not None and tasks % len(devices):
+        n = len(devices)
+        hint = f"Take a multiple of {n}, or devices=auto."
+        raise ConfigError("algo.meta_batch", tasks, f"cannot be shared out evenly over {n} devices (devices=all)", hint=hint)
+    if len(devices) > 1 or count() > 1:
         jax.set_mesh(jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices))
 
 
@@ -69,19 +98,14 @@ def first() -> bool:
 
 
 def over_tasks(tree: Any, axis: int = 0) -> Any:
-    """Within a program: the axis `[B]` of each leaf is spread.
-
-    Raises:
-        ConfigError: it cannot be shared out evenly.
-    """
-    n = count()
-    if n == 1:
-        return tree
+    """Within a program: the axis `[B]` of each leaf is spread. What cannot be shared out evenly is whole on each device."""
     size = jax.tree.leaves(tree)[0].shape[axis]
-    if size % n:
-        hint = f"Take a multiple of {n}, or devices=one."
-        raise ConfigError("devices", "all", f"{size} tasks cannot be shared out evenly over {n} devices", hint=hint)
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(*[None] * axis, AXIS))
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(*[None] * axis, AXIS)) if shares(size) > 1 else tree
+
+
+def shares(tasks: int) -> int:
+    """Over how many devices so many tasks are spread."""
+    return count() if tasks % count() == 0 else 1
 
 
 def everywhere(tree: Any) -> Any:
