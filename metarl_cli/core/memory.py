@@ -105,6 +105,25 @@ _solve.defvjp(_forward, _backward)
 # --- looking back
 
 
+class LookingBack(Memory):
+    """One whose network takes T new steps with those that were kept; a step is a sequence of one."""
+
+    @property
+    @abstractmethod
+    def trunk(self) -> Any:
+        """A flax module: carry, `x [T, D]` and `reset [T]` to carry and features `[T, H]`."""
+
+    def init(self, key: Key, inputs: int) -> Params:
+        return self.trunk.init(key, self.init_carry(), jnp.zeros((1, inputs)), jnp.zeros(1, bool))
+
+    def step(self, params: Params, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
+        carry, features = self.sequence(params, carry, x[None], jnp.zeros(1, bool))
+        return carry, features[0]
+
+    def sequence(self, params: Params, carry: Carry, x: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
+        return self.trunk.apply(params, carry, x, reset)
+
+
 def steps_before(time: jax.Array, reset: jax.Array) -> jax.Array:
     """How many steps of its trial lie before each of T new ones, `[T]`; `time` says it for the first, `[]`."""
     now = jnp.arange(reset.shape[0])

@@ -11,16 +11,13 @@ The carry is bounded: each convolution keeps the last d inputs, each head the la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from metarl_cli.core.memory import Carry, Memory, MemorySettings, keep, steps_before, visible
+from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, keep, steps_before, visible
 from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
-from metarl_cli.core.types import Key, Params
 
 BLOCKS = 2  # of each kind
 
@@ -55,7 +52,7 @@ class Trunk(nn.Module):
 
 
 @dataclass(frozen=True)
-class SNAIL(Memory):
+class SNAIL(LookingBack):
     features: int
     filters: int
     keys: int
@@ -64,9 +61,6 @@ class SNAIL(Memory):
     @property
     def trunk(self) -> Trunk:
         return Trunk(self.features, self.filters, self.keys)
-
-    def init(self, key: Key, inputs: int) -> Params:
-        return self.trunk.init(key, self.init_carry(), jnp.zeros((1, inputs)), jnp.zeros(1, bool))
 
     def init_carry(self) -> Carry:
         channels, past = self.filters, []
@@ -78,14 +72,6 @@ class SNAIL(Memory):
             past.append((convolutions, (jnp.zeros((self.context, self.keys)), jnp.zeros((self.context, self.filters)))))
             channels += self.filters
         return {"time": jnp.zeros((), int), "past": past}
-
-    def step(self, params: Params, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
-        carry, features = self.sequence(params, carry, x[None], jnp.zeros(1, bool))
-        return carry, features[0]
-
-    def sequence(self, params: Params, carry: Carry, x: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
-        result: Any = self.trunk.apply(params, carry, x, reset)
-        return result
 
 
 class SNAILSettings(MemorySettings):

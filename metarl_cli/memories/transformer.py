@@ -11,17 +11,15 @@ A step attends to itself and to `context` earlier ones of its trial: their keys 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from metarl_cli.core.errors import ConfigError
-from metarl_cli.core.memory import Carry, Memory, MemorySettings, keep, steps_before, visible
+from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, keep, steps_before, visible
 from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
-from metarl_cli.core.types import Key, Params
 
 BASE = 1000.0  # wave lengths from 2 pi to 2 pi times this, in steps: trials have up to thousands of them
 GATE = 2.0
@@ -85,7 +83,7 @@ class Trunk(nn.Module):
 
 
 @dataclass(frozen=True)
-class Transformer(Memory):
+class Transformer(LookingBack):
     features: int
     layers: int
     heads: int
@@ -95,20 +93,9 @@ class Transformer(Memory):
     def trunk(self) -> Trunk:
         return Trunk(self.features, self.layers, self.heads)
 
-    def init(self, key: Key, inputs: int) -> Params:
-        return self.trunk.init(key, self.init_carry(), jnp.zeros((1, inputs)), jnp.zeros(1, bool))
-
     def init_carry(self) -> Carry:
         rows = jnp.zeros((self.context, self.heads, self.features // self.heads))
         return {"time": jnp.zeros((), int), "past": [(rows, rows)] * self.layers}
-
-    def step(self, params: Params, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
-        carry, features = self.sequence(params, carry, x[None], jnp.zeros(1, bool))
-        return carry, features[0]
-
-    def sequence(self, params: Params, carry: Carry, x: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
-        result: Any = self.trunk.apply(params, carry, x, reset)
-        return result
 
 
 class TransformerSettings(MemorySettings):
