@@ -404,6 +404,9 @@ def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+    if handles and max(map(len, handles)) > 14 * figure.get_figwidth() / columns - 5:  # characters: they would not fit
+        columns = 1
+        figure.set_figheight(figure.get_figheight() + 0.16 * len(handles))
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
 

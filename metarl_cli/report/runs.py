@@ -18,7 +18,7 @@ from metarl_cli.logs import MetricsFile
 from metarl_cli.report.figures import Curve
 
 POINTS = 50  # of a curve beyond which it is averaged
-NO_DIFFERENCE = ("seed", "seeds", "device", "plugins", "log_every")  # what two runs of one learner may differ in
+NO_DIFFERENCE = ("seed", "seeds", "device", "devices", "plugins", "log_every")  # what two runs of one learner may differ in
 
 
 class Run:
@@ -179,10 +179,17 @@ def _labels(firsts: list[Run]) -> list[str]:
 
 
 def _apart(own: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """The first settings that not all of the others of the same family share."""
+    """The settings that tell it from the others of the same family: as few as do, the first that do."""
     same = [other for other in others if other["env"] == own["env"]]
-    keys = [key for key, x in own.items() if key not in NO_DIFFERENCE and any(other.get(key) != x for other in same)]
-    return ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in keys[:3])
+    telling: list[str] = []
+
+    def kinds(keys: list[str]) -> int:
+        return len({str([other.get(key) for key in keys]) for other in same})
+
+    for key in own:
+        if key not in NO_DIFFERENCE and kinds([*telling, key]) > kinds(telling):
+            telling.append(key)
+    return ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in telling)
 
 
 # --- curves
