@@ -6,7 +6,8 @@ with respect to theta of the adapted policies' surrogate, the outer loss that al
     g = grad_theta mean_i L_out(theta_i'(theta); D_i'),    theta_i' = theta - alpha grad L_in(theta; D_i)
 
 and estimators differ in how they differentiate L_in twice (`core.adapt.inner_loss`), or in that they do not. All see the
-same batches. Reported of R estimates g_r, against a reference g* (compare Rothfuss et al. 2019, section 6.2):
+same tasks and draw with the same keys, each after its own step: with a discount that of `dice` is smaller. Reported of R
+estimates g_r, against a reference g* (compare Rothfuss et al. 2019, section 6.2):
 
 * cosine: `g_r . g* / |g_r| |g*|`;
 * relative variance: `mean_r |g_r - g|^2 / |g|^2` with g the mean of the estimates;
@@ -108,8 +109,8 @@ def estimators(
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         between(f"{config.repeats} batches of {episodes} episodes")
         for key in keys:
-            data = _batch(variants["score"], state, key, family, tasks)
             for name, other in variants.items():
+                data = jax.block_until_ready(_batch(other, state, key, family, tasks))
                 if not found[name]:
                     jax.block_until_ready(_gradient(other, state.params, data))  # compiles
                 began = time.perf_counter()

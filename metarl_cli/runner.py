@@ -163,8 +163,10 @@ def diagnose(run: Path, overrides: list[str]) -> Path:
     title = f"\n{where}: the meta-gradient against one of {settings.reference} episodes of each"
     table(title, ("episodes", "estimator", "cosine", "95% over batches", "relative variance", "ms"), rows, console)
     tell(f"the reference has noise as well: an estimate without error would have a cosine of {found.ceiling:.2f}", console)
+    if found.ceiling < 0.5:
+        tell("The reference is mostly noise: its cosines tell nothing, whatever their intervals.", console)
     if found.ceiling < 0.9:
-        tell(f"That is little. Take more episodes for it: reference={4 * settings.reference}.", console)
+        tell(f"Take more episodes for it, reference={4 * settings.reference}, or shorter ones, env.horizon.", console)
     path = run / "diagnoses" / f"estimators_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}.json"
     reference = {"norm": found.norm, "agreement": found.agreement, "ceiling": found.ceiling}
     content = {"estimates": [e._asdict() for e in found.estimates], "reference": reference}

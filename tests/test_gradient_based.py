@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -221,6 +222,26 @@ def test_every_estimator_has_the_gradient_of_the_return(float64, estimator, base
     np.testing.assert_allclose(gradient, -jax.grad(objective)(THETA, 1.0) / 2, rtol=1e-10)
 
 
+@pytest.mark.parametrize("baseline", [0.0, 1.0])
+def test_with_a_discount_only_dice_has_the_gradient_of_the_discounted_return(float64, baseline):
+    """The others leave out the factor gamma^t of step t, as is usual."""
+    gamma = 0.5
+
+    def apart(first, second):  # the objective, with parameters of its own for each of the two steps
+        every = [trajectory(*actions, gamma, 0.0) for actions in TRAJECTORIES]
+        return sum(
+            jnp.exp(log_prob_of(first, data)[0, 0] + log_prob_of(second, data)[0, 1])
+            * (data.reward[0, 0] + gamma * data.reward[0, 1])
+            for data in every
+        )
+
+    first, second = jax.grad(apart, argnums=(0, 1))(THETA, THETA)
+    for estimator in ("score", "dice", "lvc", "ratio"):
+        gradient = expected(lambda data, e=estimator: jax.grad(inner_loss(e, gamma, data))(THETA), gamma, baseline)
+        usual = first + second / gamma
+        np.testing.assert_allclose(gradient, -(first + second if estimator == "dice" else usual) / 2, rtol=1e-10)
+
+
 def hessian(estimator: Estimator, gamma: float, baseline: float) -> np.ndarray:
     return -2 * expected(lambda data: jax.hessian(inner_loss(estimator, gamma, data))(THETA), gamma, baseline)
 
@@ -317,6 +338,17 @@ def test_the_exploration_term(float64):
     assert_close(
         jax.grad(plain.task_loss)(state.params, (task, 1.0)), jax.grad(maml.task_loss)(state.params, task), rtol=1e-9
     )
+
+
+def test_the_outcome_of_exploration_is_the_standardised_return_after_it(float64):
+    learner = learner_of("emaml", credit=0.7)
+    state, data = made_up(learner)
+    reward = np.random.default_rng(0).normal(size=data.valid.shape)
+    batch: Any = SimpleNamespace(reward=jnp.asarray(reward), valid=data.valid)
+    after = np.where(data.valid, reward, 0)[:, -1].sum(-1).mean(-1)  # of the last point, mean over its episodes
+    outcome = jnp.asarray((after - after.mean()) / after.std())
+    expected = learner.descend(learner.task_loss, state, (data, outcome), learner.epochs)[0]
+    assert_close(learner.improve(state, batch, data)[0], expected, rtol=1e-8, atol=1e-12)
 
 
 def test_promp(float64):

@@ -53,13 +53,16 @@ class Adapted(NamedTuple):
 
 
 def inner_loss(estimator: Estimator, log_prob: jax.Array, data: Data, gamma: float | jax.Array) -> jax.Array:
-    """L_in of K episodes, all of whose estimators have the gradient of REINFORCE; they differ in the second derivative.
+    """L_in of K episodes: estimators of the policy gradient that differ in the second derivative.
 
+    All have the gradient of REINFORCE, `sum_t grad log pi_t A_t`, but that of `dice` is of the discounted return, with a
+    factor gamma^t that the others leave out, as is usual: the same step at a discount of 1, a smaller one of `dice` below.
     With `sg` for stop-gradient and `box(x) = exp(x - sg(x))`:
 
     * `score`: `-mean_t log pi(a_t | s_t) A_t`. Its Hessian lacks the outer products of the scores;
     * `dice` (Foerster et al. 2018), with the baseline of Mao et al. 2019:
-      `-(1 / sum T) sum_t gamma^t [box(sum_{t' <= t} log pi_t') r_t + (1 - box(log pi_t)) b_t]`. Its Hessian is unbiased;
+      `-(1 / sum T) sum_t gamma^t [box(sum_{t' <= t} log pi_t') r_t + (1 - box(log pi_t)) b_t]`, of whole returns (lambda =
+      1). Its Hessian is unbiased;
     * `lvc` (Rothfuss et al. 2018): `-mean_t box(log pi_t) A_t`. Its Hessian lacks `H12 + H12^T` and varies less;
     * `ratio`: `-mean_t pi(a_t | s_t) / pi_acted(a_t | s_t) A_t`. Equal to `lvc` at the policy that acted; away from it, in
       later epochs of the outer loop, the data are weighted by importance.
