@@ -48,6 +48,7 @@ def test_on_one_step_tasks_dice_and_lvc_are_the_same_and_come_close_to_the_refer
         assert by["score", size].cosine["mean"] != pytest.approx(by["dice", size].cosine["mean"], rel=1e-6)
     for name in diagnosis.ESTIMATORS:
         assert by[name, 512].variance < by[name, 8].variance / 8  # 64 times the data
+    assert by["dice", 512].cosine["mean"] > by["score", 512].cosine["mean"], "the reference is DiCE's"
     assert by["dice", 512].cosine["mean"] > 0.85 and by["dice", 512].cosine["mean"] > by["dice", 8].cosine["mean"]
 
 
