@@ -40,7 +40,7 @@ UNSEEN = {
     "grid": ["env=grid_nav", "env.observation=one_hot"],
     "chain of 6": ["env=chain", "env.length=6", "env.horizon=12"],
 }
-RATES, ENTROPIES = (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2, 1e-1)
+RATES, ENTROPIES = (0.03, 0.1, 0.3, 1.0), (1e-4, 1e-3, 1e-2, 1e-1)
 SHOWN = (0, 5, 10, 20, 50, 100)  # updates
 
 
