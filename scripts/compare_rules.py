@@ -31,11 +31,13 @@ from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.statistics import summarise, summarise_curve
 from metarl_cli.report import figures
 
-TRAIN = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
+SMALL = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
+TRAIN = [*SMALL, "env.reward_mean=0.0"]
 UNSEEN = {
     "the training family": TRAIN,
+    "rewards of mean 1": SMALL,
+    "rewards of twice the size": [*TRAIN, "env.reward_std=2.0"],
     "larger": ["env=tabular_mdp", "env.states=10", "env.actions=5", "env.horizon=10", "env.reward_noise=0.1"],
-    "other rewards": [*TRAIN, "env.reward_mean=0.0", "env.reward_std=2.0"],
     "longer": ["env=tabular_mdp", "env.states=8", "env.actions=4", "env.horizon=20", "env.reward_noise=0.5"],
     "grid": ["env=grid_nav", "env.observation=one_hot"],
     "chain of 6": ["env=chain", "env.length=6", "env.horizon=12"],
