@@ -3,11 +3,11 @@
     .venv/bin/python scripts/compare_rules.py DIRECTORY                     all of it
     .venv/bin/python scripts/compare_rules.py DIRECTORY --rules RUN ...     rules from these runs of `algo=lpg`
 
-Trains `algo=lpg` on small MDPs (`TRAIN`), takes of 16 settings of the actor-critic's learning rate and entropy the one with
-the highest mean return over all updates on training tasks, and lets fresh agents of both learn in the families `UNSEEN`,
-from the same number of episodes in each update. It prints the return after some numbers of updates, and the mean over all
-updates with 95 % intervals over seeds and tasks, also of the difference. What is finished is kept in DIRECTORY: the same
-command goes on where it stopped.
+Trains `algo=lpg` on small MDPs (`TRAIN`), all seeds in one run, takes of 16 settings of the actor-critic's learning rate and
+entropy the one with the highest mean return over all updates on training tasks, and lets fresh agents of both learn in the
+families `UNSEEN`, from the same number of episodes in each update. It prints the return after some numbers of updates, and
+the mean over all updates with 95 % intervals over seeds and tasks, also of the difference, and draws the curves. What is
+finished is kept in DIRECTORY: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ import numpy as np
 from metarl_cli import config, evaluation, runner
 from metarl_cli.core.interfaces import TaskFamily
 from metarl_cli.core.settings import EvalSettings
-from metarl_cli.core.statistics import summarise
+from metarl_cli.core.statistics import summarise, summarise_curve
+from metarl_cli.report import figures
 
-TRAIN = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
+SMALL = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
+TRAIN = [*SMALL, "env.reward_mean=0.0"]
 UNSEEN = {
     "the training family": TRAIN,
+    "rewards of mean 1": SMALL,
+    "rewards of twice the size": [*TRAIN, "env.reward_std=2.0"],
     "larger": ["env=tabular_mdp", "env.states=10", "env.actions=5", "env.horizon=10", "env.reward_noise=0.1"],
-    "other rewards": [*TRAIN, "env.reward_mean=0.0", "env.reward_std=2.0"],
     "longer": ["env=tabular_mdp", "env.states=8", "env.actions=4", "env.horizon=20", "env.reward_noise=0.5"],
     "grid": ["env=grid_nav", "env.observation=one_hot"],
     "chain of 6": ["env=chain", "env.length=6", "env.horizon=12"],
 }
-RATES, ENTROPIES = (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2, 1e-1)
+RATES, ENTROPIES = (0.03, 0.1, 0.3, 1.0), (1e-4, 1e-3, 1e-2, 1e-1)
 SHOWN = (0, 5, 10, 20, 50, 100)  # updates
 
 
@@ -60,16 +63,24 @@ def curve(learner: Any, family: TaskFamily, settings: EvalSettings, seeds: list[
     return evaluation.evaluate(learner, state, family, settings, seeds).returns.mean(3)
 
 
-def trained(directory: Path, seed: int, overrides: list[str]) -> Path:
+def trained(directory: Path, seeds: int, overrides: list[str]) -> Path:
     """A run of lpg, finished."""
-    run = directory / f"lpg_{seed}"
+    run = directory / "lpg"
     command = [sys.executable, "-m", "metarl_cli"]
     if (run / "result.json").exists():
         return run
     if (run / "config.yaml").exists():
         subprocess.run([*command, "resume", str(run)], check=True)
     else:
-        lines = ["algo=lpg", *TRAIN, f"seed={seed}", "log_every=10", "eval.tasks=100", *overrides, f"hydra.run.dir='{run}'"]
+        lines = [
+            "algo=lpg",
+            *TRAIN,
+            f"seeds={seeds}",
+            "log_every=10",
+            "eval.tasks=100",
+            *overrides,
+            f"hydra.run.dir='{run}'",
+        ]
         subprocess.run([*command, "train", *lines], check=True)
     return run
 
@@ -95,14 +106,14 @@ def tune(directory: Path, settings: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--rules", type=Path, nargs="*", help="runs of algo=lpg, one for each seed")
+    parser.add_argument("--rules", type=Path, nargs="*", help="runs of algo=lpg")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("overrides", nargs="*", help="of the training of lpg, e.g. iterations=2000")
     given = parser.parse_intermixed_args()
     given.directory.mkdir(parents=True, exist_ok=True)
-    runs = given.rules or [trained(given.directory, seed, given.overrides) for seed in range(given.seeds)]
+    runs = given.rules or [trained(given.directory, given.seeds, given.overrides)]
     settings = [f"eval.tasks={given.tasks}", f"eval.adapt.steps={given.updates}"]
     best = tune(given.directory, settings)
     print(f"actor-critic: the best has lr {best['inner_lr']:g}, entropy {best['entropy']:g}")
@@ -114,10 +125,11 @@ def main() -> None:
         if not file.exists():
             rule = np.concatenate([rule_curve(Path(run), [*lines, *settings]) for run in runs])
             learner, family, where = built(["algo=actor_critic", *lines, "algo.hidden=[]", *settings])
-            tuned = curve(dataclasses.replace(learner, **best), family, where, list(range(len(runs))))
+            tuned = curve(dataclasses.replace(learner, **best), family, where, list(range(len(rule))))
             np.savez(file, lpg=rule, actor_critic=tuned)
         with np.load(file) as arrays:
             both = dict(arrays)
+        draw(file, both)
         gain = summarise((both["lpg"] - both["actor_critic"]).mean(2))
         for learner, returns in both.items():
             area = summarise(returns.mean(2))
@@ -127,8 +139,20 @@ def main() -> None:
             print(f"| {name if learner == 'lpg' else ''} | `{learner}` | {' | '.join(cells)} |", flush=True)
 
 
+def draw(file: Path, both: dict[str, np.ndarray]) -> None:
+    """Both learners' returns `[S, N, P]` against the updates, beside the numbers."""
+    lines = []
+    for label, returns in both.items():
+        points = summarise_curve(returns)
+        mean, low, high = (np.array([point[key] for point in points]) for key in ("mean", "ci_low", "ci_high"))
+        lines.append(figures.Curve(label, np.arange(len(points)), mean, low, high))
+    figures.save(
+        figures.curves(lines, "updates of a fresh agent in a new task", "return of an episode"), file.with_suffix("")
+    )
+
+
 def rule_curve(run: Path, lines: list[str]) -> np.ndarray:
-    """Of a trained rule, `[1, N, P]`, on the family that `lines` name."""
+    """Of trained rules, `[S, N, P]`, on the family that `lines` name."""
     composed = config.from_run(run, lines, ("eval", "env"))
     learner, family = config.build(composed.config)
     state = runner.restore_learner(run, composed, learner, family)

@@ -107,7 +107,8 @@ class MetaLSTM(Rule):
 class Recurrent(Rule):
     """A recurrent network's output is the step (Andrychowicz et al. 2016, section 2.1): `theta' = theta - alpha m(grad L)`.
 
-    Two layers of LSTM, as in the paper, where alpha is 0.1 and theta is random; here it is learned, as in MAML.
+    Two layers of LSTM, as in the paper, where theta is random; here it is learned, as in MAML. Nothing in a step depends on
+    the gradient's size: alpha is that of a step, 0.1 in the paper, and a tenth of it for a policy of thousands of numbers.
     """
 
     units: int
