@@ -787,6 +787,10 @@ def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None, comma
     if override.is_hydra_override() and not name.replace("/", ".").startswith(_HYDRA_KEYS):
         hints = {"hydra.searchpath": "Use --config-dir.", "hydra.mode": "Use -m."}
         raise ConfigError(name, value, "cannot be set", allowed=_HYDRA_KEYS, hint=hints.get(name, ""))
+    if is_group and command == "eval" and name.partition("/")[0] not in ("algo", "env"):
+        takes = "algo=NAME, env=NAME and their keys"
+        hint = f"It takes {takes}; metarl eval algo=NAME --help lists them. Or a run that there is: metarl eval RUN."
+        raise ConfigError(name, value, f"metarl eval takes no {catalogue.noun(name)}", hint=hint)
     if is_group and not override.is_sweep_override():
         choice = override.value()
         if not isinstance(choice, dict) and not (isinstance(choice, str) and choice in known[name]):

@@ -268,7 +268,9 @@ class Point:
         if checkpoint.latest(self.run, "last") is not None:
             saved = Checkpoint(self.state, self.best)
             self.done, (self.state, self.best) = checkpoint.restore(self.run, "last", saved)
-            if self.config.iterations < self.done or (self.config.iterations == self.done and self.finished()):
+            if self.config.iterations < self.done or (
+                self.config.iterations == self.done and self.finished() and drawn(self.composed)
+            ):
                 raise ConfigError(
                     "iterations",
                     self.config.iterations,
@@ -397,10 +399,12 @@ class Point:
             if self.config.eval.checkpoint == "best":
                 state = self.best.learner
                 result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
-        write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
-        found = result.summary() | optimality.compare(result, self.family, self.config.eval, known)
-        summary = {**self.result("completed"), "evaluation": {result.split: found}}
-        write_json(self.run / "result.json", summary)
+        summary = directory.read_result(self.run) if self.finished() else None
+        if summary is None:  # else the run was killed while its figures were drawn
+            write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
+            found = result.summary() | optimality.compare(result, self.family, self.config.eval, known)
+            summary = {**self.result("completed"), "evaluation": {result.split: found}}
+            write_json(self.run / "result.json", summary)
         print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
         if self.config.figures:
             self.draw(result, summary["evaluation"][result.split]["curve"])
@@ -685,6 +689,11 @@ class Session:
         self.save_seconds = self.saved - began
 
 
+def drawn(composed: Composed[TrainConfig]) -> bool:
+    """Whether the figures are there that a run is to have; `Point.draw` writes this one last."""
+    return not composed.config.figures or (composed.run_dir / "figures" / "trajectories.png").exists()
+
+
 def untried(learner: Any, seeds: int) -> Best:
     import jax
     import jax.numpy as jnp
@@ -880,7 +889,7 @@ def make_directory(composed: Composed) -> Path:
         while run.exists():
             n += 1
             run = original.with_name(f"{original.name}-{n}")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or not directory.empty(run)):
         if (run / "config.yaml").exists():
             raise ConfigError(key, run, "already in use", hint="Take another directory, or `metarl resume` to go on there.")
         raise ConfigError(key, run, "not an empty directory, and no run either", hint="Take another one.")
