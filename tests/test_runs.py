@@ -29,6 +29,7 @@ from running import (
     environment,
     hasty_compiler,
     metarl,
+    no_figures,
     own_configs,
     result,
     rows,
@@ -62,7 +63,7 @@ class Finished(NamedTuple):
 def bare() -> Iterator[None]:
     """Without figures and optimum, which take most of the time of a small run; `finished` has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Point, "draw", lambda *_: None)
+        no_figures(patch)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 
