@@ -11,6 +11,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -93,7 +96,7 @@ class Job(NamedTuple):
             hydra: that section of the config.
 
         Raises:
-            SystemExit: a signal came; what was computed is saved, and no other point is to begin.
+            SystemExit: a signal came; what was computed is saved, and no other point is to begin here.
         """
         here = os.getpid() == self.process
         console = Console(quiet=not here)
@@ -111,8 +114,19 @@ class Job(NamedTuple):
             if here:
                 print("metarl: Interrupted; everything is saved. The same command goes on.", file=sys.stderr)
                 raise SystemExit(error.exit_code) from None
+            if requeued():  # a result would tell the sweep that this is over
+                raise SystemExit(error.exit_code) from None
         runs = [x.run if isinstance(x, Outcome) else x.composed.run_dir for x in found]
         return [outcomes.get(run, Outcome(run, point, "interrupted")) for run, point in zip(runs, points, strict=True)]
+
+
+def requeued() -> bool:
+    """Whether this is a job of Slurm that will be started again: it was pre-empted, and not cancelled."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if job is None or shutil.which("scontrol") is None:
+        return False
+    shown = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True).stdout
+    return any(int(n) > restarts for n in re.findall(r" Restarts=(\d+)", shown))
 
 
 def look_up(overrides: list[str], config_dir: Path | None) -> Candidate | Outcome:

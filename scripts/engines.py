@@ -55,7 +55,7 @@ JobRequeue=1
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PreemptParameters=send_user_signal
+SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=4000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
@@ -105,13 +105,13 @@ def slurm() -> Iterator[dict[str, str]]:
         environment = {**os.environ, "SLURM_CONF": str(conf)}
         for _ in range(60):
             states = subprocess.run(
-                ["sinfo", "-h", "-N", "-o", "%t"], env=environment, capture_output=True, text=True
+                ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"], env=environment, capture_output=True, text=True
             ).stdout
             if states.split() == ["idle", "idle"]:
                 break
             time.sleep(0.5)
         else:
-            raise RuntimeError("\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log"))))
+            raise RuntimeError("\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.out"))))
         yield environment
         subprocess.run(["scancel", "--user=root"], env=environment, check=False)
 
