@@ -26,6 +26,7 @@ import inspect
 import itertools
 import os
 import re
+import warnings
 import traceback
 import types
 import typing
@@ -850,7 +851,9 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
 def _engine_errors() -> Iterator[None]:
     """What Slurm or Ray refuse, in one paragraph."""
     try:
-        yield
+        with warnings.catch_warnings():  # Ray's fork turns into another program at once
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
+            yield
     except Exception as error:
         engine = type(error).__module__.partition(".")[0]
         if engine not in ("submitit", "ray"):
