@@ -26,10 +26,10 @@ import inspect
 import itertools
 import os
 import re
-import warnings
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -839,11 +839,15 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
         if match := re.search(r"Could not override '(.+?)'(?s:.*use \+.+?=(.*))?", str(cause)):
             key = match[1].split("@")[0]
             if key not in known:
-                raise ConfigError(key, match[2], "no such key") from None
+                chosen = re.match(r"hydra\.(launcher|sweeper)\.", key)
+                hint = f"Which there are depends on hydra/{chosen[1]}=NAME." if chosen else ""
+                raise ConfigError(key, match[2], "no such key", hint=hint) from None
             outer = key.rpartition("/")[0]
             if outer:
                 raise ConfigError(key, match[2], f"the chosen {catalogue.noun(outer)} takes none") from None
             raise ConfigError(key, match[2], "a run has none unless it is added", hint=f"Write +{key}={match[2]}.") from None
+        if match := re.match(r"Error merging override (.+?)=(.*)", str(cause)):
+            raise ConfigError(match[1], match[2], _first_line(error.__cause__ or cause)) from None
         raise ConfigError("config", None, f"cannot be composed: {_first_line(cause)}") from None
 
 
@@ -875,6 +879,10 @@ def _check_hydra(config: DictConfig) -> None:
         for name, value in expected.items():
             if section[name] != value:
                 raise ConfigError(f"{prefix}.{name}", _show(section[name]), "cannot be set", allowed=_HYDRA_KEYS)
+    for section, name in (("launcher", "runs"), ("launcher", "n_jobs"), ("sweeper", "trials"), ("sweeper", "batch")):
+        value = (hydra[section] or {}).get(name)
+        if isinstance(value, int) and value < 1 and (name, value) != ("n_jobs", -1):  # as many as there are cores
+            raise ConfigError(f"hydra.{section}.{name}", value, "must be 1 or more")
     # These would pass for the user's own overrides.
     for key in (hydra["sweeper"] or {}).get("params") or {}:
         if re.match(r"\+*(plugins|hydra)\b", key):

@@ -5,6 +5,8 @@
 
 starts munge, slurmctld and two slurmd on the loopback interface, or a Ray cluster of two nodes, runs the command there (by
 default a small sweep) and stops them again. Slurm: Debian's `slurm-wlm` and `munge`, as root. Ray: `pip install ray`.
+Slurm has three partitions: jobs of `urgent` pre-empt those of `main`, which are told 30 s before, and of `abrupt`, which are
+not. `submitit_local` and `ray_local` are launchers that need nothing to be started.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ SWEEP = "train -m algo=rl2 env=bandit algo.meta_batch=64 iterations=20 eval.task
 WORDS = {
     "slurm": "hydra/launcher=slurm_cpu hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=3",
     "ray": "hydra/launcher=ray_cluster",
+    "submitit_local": "hydra/launcher=submitit_local",
+    "ray_local": "hydra/launcher=ray",
 }
 
 SLURM_CONF = """\
@@ -72,8 +76,8 @@ def missing(engine: str) -> str:
             return f"{', '.join(lacking)} not installed: apt-get install slurm-wlm munge"
         if os.geteuid():
             return "slurmd has to be run by root"
-        packages = {"hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher"}
-    else:
+    packages = {"hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher"}
+    if engine.startswith("ray"):
         packages = {"ray": "ray", "hydra_plugins.hydra_ray_launcher": "hydra-ray-launcher"}
     for module, package in packages.items():
         if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
@@ -151,7 +155,13 @@ def free_ports(n: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-ENGINES = {"slurm": slurm, "ray": ray}
+@contextlib.contextmanager
+def alone() -> Iterator[dict[str, str]]:
+    """For launchers that bring what they need."""
+    yield {**os.environ}
+
+
+ENGINES = {"slurm": slurm, "ray": ray, "submitit_local": alone, "ray_local": alone}
 
 
 def main() -> int:

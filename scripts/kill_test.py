@@ -114,8 +114,8 @@ def killed_runs(kills: int, seed: int, folder: Path) -> Generator[str, None, Non
         run = folder / f"killed-{done}"
         found = kill(run, seconds, ("run", "checkpoint")[done % 2], moments)
         if found is not None:
-            began = (run / "config.yaml").exists()
-            finish(start("resume", run) if began else start("train", *RUN, f"hydra.run.dir={run}"))
+            again = ("resume", run) if (run / "config.yaml").exists() else ("train", *RUN, f"hydra.run.dir={run}")
+            finish(start(*again))
             assert_same_run(run, whole)
             done += 1
             yield found

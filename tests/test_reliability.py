@@ -72,6 +72,19 @@ def test_three_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(kill_test.killed_runs(3, 0, tmp_path))) == 3
 
 
+def test_a_run_that_was_killed_before_it_began(walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its directory is one in which nothing has begun."""
+    run = tmp_path / "run"
+    words = [f"--config-dir={own_configs(tmp_path)}", *WALK, f"hydra.run.dir={run}"]
+    killed = driver("import os\nos.replace = lambda *_: os.kill(os.getpid(), 9)", "train", *words)
+    assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
+    assert sorted(path.name for path in run.iterdir()) == [".config.yaml", ".lock", "log.txt"]
+    assert metarl("resume", run) == 2
+    assert f"metarl train ... hydra.run.dir={run}" in capsys.readouterr().err
+    assert metarl("train", *words) == 0
+    assert_same_run(run, walked)
+
+
 LONG_PROGRAM = """
 import jax
 def compiling(self, text):
@@ -180,7 +193,9 @@ def test_what_cannot_fit_does_not_start(tmp_path: Path, monkeypatch: pytest.Monk
     lines = small("rl2", "bandit", "algo.meta_batch=500000000", "seeds=1", "iterations=1")
     # An action, a reward and a log-probability of 4 bytes in each of 4 steps.
     too_big(lines, tmp_path / "many", "A meta-iteration", 24, "algo.meta_batch=500000000", "algo.minibatches=2")
-    too_big(small("rl2", "bandit", "algo.memory.features=500000"), tmp_path / "wide", "A meta-iteration", 4 * 3 * 0.5**2 * 1000)
+    too_big(
+        small("rl2", "bandit", "algo.memory.features=500000"), tmp_path / "wide", "A meta-iteration", 4 * 3 * 0.5**2 * 1000
+    )
     too_big(small("rl2", "bandit", "eval.tasks=20000000000"), tmp_path / "long", "The evaluation", 4 * 5 * 20, "eval.tasks")
 
 
