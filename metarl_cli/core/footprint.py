@@ -1,8 +1,8 @@
 """How much memory a program needs, told from what JAX has traced of it: before the seconds that its compilation takes.
 
 Values are followed from the operation that makes them to the last one that needs them. Only what XLA has to write down is
-counted: what leaves the program, what loops take, carry and stack, and results of matrix products, sums, sorts, scatters
-and the like. Whatever else there is can be computed where it is needed, so that the estimate is mostly too low.
+counted: what leaves the program, what loops take, carry and stack, and results of matrix products, sorts, scatters and the
+like. Whatever else there is can be computed where it is needed, so that the estimate is mostly too low.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 INSIDE = ("scan", "while", "cond", "custom_linear_solve")  # what happens inside needs memory of its own
 IN_PLACE = ("scan", "while", "scatter", "dynamic_update_slice")  # write over operands that nobody needs any more
-WRITTEN = (
-    *INSIDE,
-    *IN_PLACE,
+PRODUCTS = (
     "dot_general",
-    "conv",
-    "reduce",
-    "arg",
+    "conv_general_dilated",
     "cum",
     "sort",
     "top_k",
@@ -34,7 +30,9 @@ WRITTEN = (
     "qr",
     "lu",
     "eigh",
+    "triangular_solve",
 )
+WRITTEN = (*INSIDE, *IN_PLACE, *PRODUCTS)  # how names of operations begin whose results are arrays in memory
 
 
 class Value:
@@ -95,15 +93,16 @@ def _peak(program: Jaxpr, alone: bool) -> int:
     Args:
         alone: the inputs and outputs count; those of what is inside a loop are the loop's.
     """
-    program, _ = dce_jaxpr(
-        program, [True] * len(program.outvars), instantiate=True
-    )  # as XLA, which computes nothing in vain
+    # As XLA, which computes nothing in vain.
+    program, _ = dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
     values = {x: Value(x.aval) for x in (*program.invars, *program.constvars)}
     inputs = set(values.values())
     operations = list(_operations(program, values))
     outputs = {_value(x, values) for x in program.outvars}
     written = {x for op in operations if op.among(WRITTEN) for x in op.makes}
     written |= {x for op in operations if op.name in INSIDE for x in op.takes} | inputs | outputs
+    # What is smaller than what it is made of, a sum or a slice, takes its place at once.
+    written |= {x for op in operations for x in op.makes if x.bytes < max((y.bytes for y in op.takes), default=0)}
     counted = written if alone else written - inputs - outputs
 
     last = dict.fromkeys(outputs, len(operations))  # where each value is needed for the last time
