@@ -371,11 +371,13 @@ def _quiet_orbax() -> Iterator[Any]:
 
 @functools.cache
 def _silence_late_callbacks() -> None:
-    """After a failed write (a full disk), those that come too late for orbax print stack traces from threads of C++."""
+    """After a failed write (a full disk), those that come too late for orbax print stack traces from threads of C++, and
+    asyncio those that nobody asked for any more."""
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
     late = "Event loop is closed"
     sys.excepthook = lambda kind, error, trace: None if str(error) == late else excepthook(kind, error, trace)
     sys.unraisablehook = lambda found: None if str(found.exc_value) == late else unraisablehook(found)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -29,6 +29,7 @@ import re
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -790,6 +791,10 @@ def _parse(line: str, known: catalogue.Groups, hydra: Hydra | None = None, comma
     if override.is_hydra_override() and not name.replace("/", ".").startswith(_HYDRA_KEYS):
         hints = {"hydra.searchpath": "Use --config-dir.", "hydra.mode": "Use -m."}
         raise ConfigError(name, value, "cannot be set", allowed=_HYDRA_KEYS, hint=hints.get(name, ""))
+    if is_group and command == "eval" and name.partition("/")[0] not in ("algo", "env"):
+        takes = "algo=NAME, env=NAME and their keys"
+        hint = f"It takes {takes}; metarl eval algo=NAME --help lists them. Or a run that there is: metarl eval RUN."
+        raise ConfigError(name, value, f"metarl eval takes no {catalogue.noun(name)}", hint=hint)
     if is_group and not override.is_sweep_override():
         choice = override.value()
         if not isinstance(choice, dict) and not (isinstance(choice, str) and choice in known[name]):
@@ -837,11 +842,15 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
         if match := re.search(r"Could not override '(.+?)'(?s:.*use \+.+?=(.*))?", str(cause)):
             key = match[1].split("@")[0]
             if key not in known:
-                raise ConfigError(key, match[2], "no such key") from None
+                chosen = re.match(r"hydra\.(launcher|sweeper)\.", key)
+                hint = f"Which there are depends on hydra/{chosen[1]}=NAME." if chosen else ""
+                raise ConfigError(key, match[2], "no such key", hint=hint) from None
             outer = key.rpartition("/")[0]
             if outer:
                 raise ConfigError(key, match[2], f"the chosen {catalogue.noun(outer)} takes none") from None
             raise ConfigError(key, match[2], "a run has none unless it is added", hint=f"Write +{key}={match[2]}.") from None
+        if match := re.match(r"Error merging override (.+?)=(.*)", str(cause)):
+            raise ConfigError(match[1], match[2], _first_line(error.__cause__ or cause)) from None
         raise ConfigError("config", None, f"cannot be composed: {_first_line(cause)}") from None
 
 
@@ -849,7 +858,9 @@ def _hydra_errors(known: catalogue.Groups) -> Iterator[None]:
 def _engine_errors() -> Iterator[None]:
     """What Slurm or Ray refuse, in one paragraph."""
     try:
-        yield
+        with warnings.catch_warnings():  # Ray's fork turns into another program at once
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
+            yield
     except Exception as error:
         engine = type(error).__module__.partition(".")[0]
         if engine not in ("submitit", "ray"):
@@ -871,6 +882,10 @@ def _check_hydra(config: DictConfig) -> None:
         for name, value in expected.items():
             if section[name] != value:
                 raise ConfigError(f"{prefix}.{name}", _show(section[name]), "cannot be set", allowed=_HYDRA_KEYS)
+    for section, name in (("launcher", "runs"), ("launcher", "n_jobs"), ("sweeper", "trials"), ("sweeper", "batch")):
+        value = (hydra[section] or {}).get(name)
+        if isinstance(value, int) and value < 1 and (name, value) != ("n_jobs", -1):  # as many as there are cores
+            raise ConfigError(f"hydra.{section}.{name}", value, "must be 1 or more")
     # These would pass for the user's own overrides.
     for key in (hydra["sweeper"] or {}).get("params") or {}:
         if re.match(r"\+*(plugins|hydra)\b", key):

@@ -23,6 +23,13 @@ LIMITS = {
     "manifest.json": 10**8,
     "metrics.jsonl": 10**10,
 }
+# What a run leaves that was killed before its config.yaml was there.
+UNBEGUN = {".probe", ".lock", "log.txt", ".config.yaml"}
+
+
+def empty(run: Path) -> bool:
+    """Whether a run can begin in this directory: there is none yet, at most the first files of one that was killed."""
+    return {path.name for path in run.iterdir()} <= UNBEGUN
 
 
 def check(run: Path) -> None:
@@ -58,6 +65,8 @@ def config_of(run: Path) -> Path:
     if not file.is_file():
         inside = sorted(path.parent for path in run.glob("*/config.yaml"))
         hint = f"Did you mean {inside[-1]}, the latest run in it?" if inside else "metarl train makes one."
+        if empty(run):
+            hint = f"A run that was stopped before it began starts anew: metarl train ... hydra.run.dir={run}"
         raise RunError(f"{run}: is no run directory: it holds no config.yaml. {hint}")
     check(run)
     return file

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarl_cli.core import devices
+from metarl_cli.core import devices, footprint
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.interfaces import Learner, State, TaskFamily
 from metarl_cli.core.settings import EvalSettings
@@ -97,11 +97,7 @@ def evaluate(
     """
     plan = learner.plan(family, settings)
     tasks = choose_tasks(family, settings)
-    n = len(jax.tree.leaves(tasks)[0])
-    per_trial = plan.points * plan.episodes * family.horizon * len(seeds)
-    calls = -(-n // max(1, STEPS_PER_CALL // per_trial))
-    size = -(-n // calls)
-    size = -(-size // devices.count()) * devices.count()
+    n, size = _sizes(tasks, family, plan, len(seeds))
     key = _key(settings, "trials")
     keys = jax.vmap(lambda seed: jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, seed), i))(jnp.arange(n)))
     trial_keys = keys(jnp.array(seeds))  # [S, N]
@@ -119,6 +115,31 @@ def evaluate(
     returns, steps, regret = (None if x[0] is None else np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     shown_tasks = jax.tree.map(lambda x: np.asarray(x)[:SHOWN], tasks)
     return Evaluation(settings.split, returns, steps, regret, shown_tasks, shown)  # type: ignore[arg-type]
+
+
+def check(learner: Learner, state: State, family: TaskFamily, settings: EvalSettings, seeds: list[int]) -> None:
+    """Raises `MemoryError` where `evaluate` cannot fit. Nothing is computed.
+
+    Args:
+        state: `[S, ...]`, or its shapes.
+    """
+    plan = learner.plan(family, settings)
+    tasks = jax.eval_shape(lambda: choose_tasks(family, settings))
+    n, size = _sizes(tasks, family, plan, len(seeds))
+    chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), tasks)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (len(seeds), size)))
+    program = _trials.trace(learner, state, keys, family, chunk, plan).jaxpr
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tasks))
+    kept += 3 * 8 * len(seeds) * n * plan.points * plan.episodes  # returns, steps and regret, in float64
+    footprint.check(footprint.footprint(program) // devices.count() + kept, "The evaluation")
+
+
+def _sizes(tasks: Any, family: TaskFamily, plan: Plan, seeds: int) -> tuple[int, int]:
+    """How many tasks there are, and how many of them one jitted call takes."""
+    n = jax.tree.leaves(tasks)[0].shape[0]
+    calls = -(-n // max(1, STEPS_PER_CALL // (plan.points * plan.episodes * family.horizon * seeds)))
+    size = -(-n // calls)
+    return n, -(-size // devices.count()) * devices.count()
 
 
 @partial(jax.jit)

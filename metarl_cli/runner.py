@@ -31,7 +31,7 @@ from rich.console import Console
 
 from metarl_cli import catalogue, directory, tracking
 from metarl_cli.config import Composed, RunConfig, TrainConfig, build, diagnosis, from_run, save
-from metarl_cli.core import devices
+from metarl_cli.core import devices, footprint
 from metarl_cli.core.errors import ConfigError, MetarlError, Misfit, RunError
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 from metarl_cli.core.types import Batch
@@ -121,7 +121,9 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
             raise
         problem = "the learner was trained on tasks of another shape or with another network"
         raise RunError(f"{', '.join(changed)}: {problem}, and its parameters do not fit. ({error})") from None
-    result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
+    with memory_errors(composed):
+        evaluation.check(learner, state, family, config.eval, seed_list(config))
+        result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
     folder = run / "evaluations"
     stem = f"{config.eval.split}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     summary = {config.eval.split: result.summary() | optimality.compare(result, family, config.eval)}
@@ -270,7 +272,9 @@ class Point:
         if checkpoint.latest(self.run, "last") is not None:
             saved = Checkpoint(self.state, self.best)
             self.done, (self.state, self.best) = checkpoint.restore(self.run, "last", saved)
-            if self.config.iterations < self.done or (self.config.iterations == self.done and self.finished()):
+            if self.config.iterations < self.done or (
+                self.config.iterations == self.done and self.finished() and drawn(self.composed)
+            ):
                 raise ConfigError(
                     "iterations",
                     self.config.iterations,
@@ -399,10 +403,12 @@ class Point:
             if self.config.eval.checkpoint == "best":
                 state = self.best.learner
                 result = evaluation.evaluate(self.learner, state, self.family, self.config.eval, self.seeds, check)
-        write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
-        found = result.summary() | optimality.compare(result, self.family, self.config.eval, known)
-        summary = {**self.result("completed"), "evaluation": {result.split: found}}
-        write_json(self.run / "result.json", summary)
+        summary = directory.read_result(self.run) if self.finished() else None
+        if summary is None:  # else the run was killed while its figures were drawn
+            write_arrays(self.run / "evaluation.npz", result.arrays() | {"seeds": self.seeds})
+            found = result.summary() | optimality.compare(result, self.family, self.config.eval, known)
+            summary = {**self.result("completed"), "evaluation": {result.split: found}}
+            write_json(self.run / "result.json", summary)
         print_curve(result, summary["evaluation"][result.split], self.composed, self.console)
         if self.config.figures:
             self.draw(result, summary["evaluation"][result.split]["curve"])
@@ -492,7 +498,9 @@ class Session:
         self.alone = len(points) == 1
         self.arrange(points)
         seeds = [seed for point in points for seed in point.seeds]
-        self.state = training.init(self.learner, self.family, seeds, self.swept)
+        with memory_errors(points[0].composed):
+            self.check(seeds)
+            self.state = training.init(self.learner, self.family, seeds, self.swept)
         for point, state in zip(points, training.split(self.state, self.sizes), strict=True):
             point.together = len(points)
             point.begin(state)
@@ -507,6 +515,19 @@ class Session:
         self.points, self.sizes = points, [len(point.seeds) for point in points]
         pairs = [(point.learner, point.family) for point in points]
         self.learner, self.family, self.swept = training.together(pairs, self.sizes)
+
+    def check(self, seeds: list[int]) -> None:
+        """Raises `MemoryError` where training or evaluation cannot fit. Nothing is computed nor compiled."""
+        import jax
+
+        from metarl_cli import evaluation, training
+
+        state = jax.eval_shape(lambda: training.init(self.learner, self.family, seeds, self.swept))
+        program = training.train_chunk.trace(*self.arguments(state, 1)).jaxpr
+        footprint.check(footprint.footprint(program) // devices.count(), "A meta-iteration")
+        point = max(self.points, key=lambda point: len(point.seeds))  # they are evaluated one by one
+        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(point.seeds), *x.shape[1:]), x.dtype), state.learner)
+        evaluation.check(point.learner, own, point.family, point.config.eval, point.seeds)
 
     def take_up(self) -> None:
         """The states that the runs have."""
@@ -577,7 +598,7 @@ class Session:
                 if every:
                     n = min(n, every - self.done % every)
                 began = time.monotonic()
-                self.state, rows = chunk(self.state, jnp.asarray(n))
+                self.state, rows = chunk(self.state, n)
                 rows = {name: jnp.asarray(x) for name, x in rows.items()}
                 failed = self.state.failed_at.tolist()  # waits for the chunk
                 seconds = time.monotonic() - began
@@ -602,25 +623,31 @@ class Session:
                     self.save()
             self.save()
 
-    def compile(self) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def compile(self) -> Callable[[Any, int], tuple[Any, Any]]:
         """`(state, n) -> (state, rows)`, n meta-iterations of all runs."""
         import jax
-        import jax.numpy as jnp
 
         from metarl_cli import training
 
         began = time.monotonic()
         self.state = devices.place(self.state)
-        args = (self.learner, self.family)
-        counts = (jnp.asarray(self.config.iterations), jnp.asarray(self.config.log_every), self.swept)
         # Saves a fifth of the compile time or more at the same speed: on a CPU the matrix products are not LLVM's.
         options: Any = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
-        chunk = training.train_chunk.lower(self.state, *args, jnp.asarray(1), *counts).compile(options)
+        chunk = training.train_chunk.trace(*self.arguments(self.state, 1)).lower().compile(options)
         self.compile_seconds = time.monotonic() - began
         for point in self.points:
             point.compile_seconds += self.compile_seconds
-        check_memory(chunk, self.points[0].composed)
-        return lambda state, n: chunk(state, *args, n, *counts)
+        if sizes := chunk.memory_analysis():  # not every backend knows
+            needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+            footprint.check(needed, "A meta-iteration")
+        return lambda state, n: chunk(*self.arguments(state, n))
+
+    def arguments(self, state: Any, n: int) -> tuple[Any, ...]:
+        """Of `train_chunk`, for n meta-iterations of all runs."""
+        import jax.numpy as jnp
+
+        counts = (jnp.asarray(x) for x in (n, self.config.iterations, self.config.log_every))
+        return state, self.learner, self.family, *counts, self.swept
 
     def write_rows(self, rows: dict[str, Any], n: int, seconds: float, progress: Progress) -> None:
         import numpy as np
@@ -671,7 +698,7 @@ class Session:
             0 < left <= 0.5 and (1 - left) * iteration_seconds * (self.config.iterations - self.done) > self.compile_seconds
         )
 
-    def shrink(self) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def shrink(self) -> Callable[[Any, int], tuple[Any, Any]]:
         self.hand_out()
         self.arrange(self.alive())
         self.take_up()
@@ -685,6 +712,11 @@ class Session:
                 point.save()
         self.saved = time.monotonic()
         self.save_seconds = self.saved - began
+
+
+def drawn(composed: Composed[TrainConfig]) -> bool:
+    """Whether the figures are there that a run is to have; `Point.draw` writes this one last."""
+    return not composed.config.figures or (composed.run_dir / "figures" / "trajectories.png").exists()
 
 
 def untried(learner: Any, seeds: int) -> Best:
@@ -822,45 +854,15 @@ class OutOfMemory(MetarlError):
         super().__init__(f"{problem} Lower one of {now}{more}; for the evaluation eval.tasks and eval.episodes.")
 
 
-def check_memory(program: Any, composed: Composed) -> None:
-    """Raises `OutOfMemory` where the compiled program would not fit: before it runs, and the system ends what it likes."""
-    import jax
-
-    sizes = program.memory_analysis()
-    if sizes is None:  # this backend does not know
-        return
-    needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    free = free_memory(jax.config.jax_default_device or jax.local_devices()[0])  # type: ignore[attr-defined]
-    logging.getLogger("metarl").debug(f"the program needs {needed / 1e6:.0f} MB" + (f" of {free / 1e6:.0f}" if free else ""))
-    if free is not None and needed > free:
-        raise OutOfMemory(composed, f"A meta-iteration needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free.")
-
-
-def free_memory(device: Any) -> int | None:
-    """Bytes; `None` where nobody tells."""
-    if stats := device.memory_stats():
-        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-        with contextlib.suppress(OSError, ValueError, KeyError):  # the limit of a container; `max`, where there is none
-            group = Path("/sys/fs/cgroup")
-            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-            free = min(free, limit - used + int(cached))
-        return free
-    return None
-
-
 @contextlib.contextmanager
 def memory_errors(composed: Composed) -> Iterator[None]:
-    """What goes beyond the memory of a device in spite of `check_memory`, in our words."""
+    """What does not fit, or goes beyond the memory all the same, in our words."""
     import jax
 
     try:
         yield
-    except MemoryError as error:
-        raise OutOfMemory(composed, "There is not enough memory.") from error
+    except MemoryError as error:  # `footprint.check` says more than others
+        raise OutOfMemory(composed, str(error) if "needs" in str(error) else "There is not enough memory.") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -882,7 +884,7 @@ def make_directory(composed: Composed) -> Path:
         while run.exists():
             n += 1
             run = original.with_name(f"{original.name}-{n}")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or not directory.empty(run)):
         if (run / "config.yaml").exists():
             raise ConfigError(key, run, "already in use", hint="Take another directory, or `metarl resume` to go on there.")
         raise ConfigError(key, run, "not an empty directory, and no run either", hint="Take another one.")

@@ -9,9 +9,11 @@ goes on from its checkpoint, and one that fails is told at the end and stops no 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from metarl_cli import catalogue, checkpoint, search
+from metarl_cli import catalogue, checkpoint, directory, search
 from metarl_cli import config as configs
 from metarl_cli.config import Composed
 from metarl_cli.core.errors import MetarlError, RunError
@@ -37,6 +39,7 @@ from metarl_cli.runner import (
     Prune,
     Session,
     configure_jax,
+    drawn,
     make_directory,
     now,
     write_json,
@@ -74,10 +77,10 @@ class Candidate(NamedTuple):
 def run(overrides: list[str], config_dir: Path | None) -> int:
     """`metarl train -m`. Returns the exit code."""
     try:
-        directory, outcomes = configs.sweep(overrides, config_dir, Job(config_dir, os.getpid()))
+        folder, outcomes = configs.sweep(overrides, config_dir, Job(config_dir, os.getpid()))
     except SystemExit as ended:
         return int(str(ended.code))
-    return summarise_sweep(directory, outcomes, overrides, Console())
+    return summarise_sweep(folder, outcomes, overrides, Console())
 
 
 class Job(NamedTuple):
@@ -93,7 +96,7 @@ class Job(NamedTuple):
             hydra: that section of the config.
 
         Raises:
-            SystemExit: a signal came; what was computed is saved, and no other point is to begin.
+            SystemExit: a signal came; what was computed is saved, and no other point is to begin here.
         """
         here = os.getpid() == self.process
         console = Console(quiet=not here)
@@ -111,8 +114,19 @@ class Job(NamedTuple):
             if here:
                 print("metarl: Interrupted; everything is saved. The same command goes on.", file=sys.stderr)
                 raise SystemExit(error.exit_code) from None
+            if requeued():  # a result would tell the sweep that this is over
+                raise SystemExit(error.exit_code) from None
         runs = [x.run if isinstance(x, Outcome) else x.composed.run_dir for x in found]
         return [outcomes.get(run, Outcome(run, point, "interrupted")) for run, point in zip(runs, points, strict=True)]
+
+
+def requeued() -> bool:
+    """Whether this is a job of Slurm that will be started again: it was pre-empted, and not cancelled."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if job is None or shutil.which("scontrol") is None:
+        return False
+    shown = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True).stdout
+    return any(int(n) > restarts for n in re.findall(r" Restarts=(\d+)", shown))
 
 
 def look_up(overrides: list[str], config_dir: Path | None) -> Candidate | Outcome:
@@ -123,8 +137,9 @@ def look_up(overrides: list[str], config_dir: Path | None) -> Candidate | Outcom
         run = composed.run_dir
         if (run / "config.yaml").exists():
             check_same(composed)
-            if (run / "result.json").exists():
-                return ended(composed)
+            outcome = ended(composed) if (run / "result.json").exists() else None
+            if outcome is not None and (outcome.status != "completed" or drawn(composed)):
+                return outcome
         configure_jax(composed.config)
         done = checkpoint.latest(run, "last") or 0
         return Candidate(composed, *configs.build(composed.config, composed.algo, composed.env), done)
@@ -146,7 +161,8 @@ def check_same(composed: Composed) -> None:
 
 def ended(composed: Composed) -> Outcome:
     """What `result.json` says of a point."""
-    result = json.loads((composed.run_dir / "result.json").read_text(encoding="utf-8"))
+    result = directory.read_result(composed.run_dir)
+    assert result is not None
     outcome = Outcome(composed.run_dir, composed.overrides, result["status"], message=result.get("message") or "")
     if result["status"] != "completed":
         return outcome
@@ -284,14 +300,14 @@ def describe(outcome: Outcome) -> str:
     return f"{outcome.status}{f': {outcome.message}' if outcome.message else ''}"
 
 
-def summarise_sweep(directory: Path, outcomes: list[Outcome], overrides: list[str], console: Console) -> int:
+def summarise_sweep(folder: Path, outcomes: list[Outcome], overrides: list[str], console: Console) -> int:
     """Writes `sweep.json` and the figure, prints the table and what failed. Returns the exit code."""
     chosen = [line.partition("=")[2] for line in overrides if line.startswith("metric=")]
     metric: str = chosen[0] if chosen else catalogue.defaults({})["metric"]
     swept = swept_values(outcomes)
     points = [
         {
-            "run": outcome.run.relative_to(directory).as_posix(),
+            "run": outcome.run.relative_to(folder).as_posix(),
             "swept": values,
             "status": outcome.status,
             "metric": outcome.metric,
@@ -300,21 +316,21 @@ def summarise_sweep(directory: Path, outcomes: list[Outcome], overrides: list[st
         for values, outcome in zip(swept, outcomes, strict=True)
     ]
     head = {"schema_version": SCHEMA_VERSION, "overrides": overrides, "date": now(), "metric": metric}
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "sweep.json", {**head, "points": points})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sweep.json", {**head, "points": points})
     completed = [(v, outcome.metric) for v, outcome in zip(swept, outcomes, strict=True) if outcome.status == "completed"]
     if completed:
         print_table(metric, completed, console)
         from metarl_cli.report import figures
 
         try:
-            figures.save(figures.sweep([{**v, metric: x} for v, x in completed], metric), directory / "figures" / "sweep")
+            figures.save(figures.sweep([{**v, metric: x} for v, x in completed], metric), folder / "figures" / "sweep")
         except OSError as error:
             say(f"the figure could not be written: {error}", console)
     failed = [outcome for outcome in outcomes if outcome.status not in ("completed", "pruned")]
     pruned = sum(outcome.status == "pruned" for outcome in outcomes)
     counts = f"{f', {pruned} pruned' if pruned else ''}, {len(failed) or 'none'} failed"
-    say(f"\n{len(outcomes)} runs{counts}. Everything is in {directory}", console)
+    say(f"\n{len(outcomes)} runs{counts}. Everything is in {folder}", console)
     sys.stdout.flush()
     for outcome in failed:
         print(f"metarl: {outcome.run.name}: {describe(outcome)}", file=sys.stderr)

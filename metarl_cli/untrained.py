@@ -20,6 +20,7 @@ from metarl_cli.runner import (
     SCHEMA_VERSION,
     configure_jax,
     make_directory,
+    memory_errors,
     now,
     print_curve,
     provenance,
@@ -58,12 +59,13 @@ def evaluate(composed: Composed[EvalConfig]) -> Path:
     configs.save(composed, run)
     seeds = seed_list(config)
     tuned, candidate_returns = None, {}
-    if learners:
-        result, tuned, every = tune(config.tune, learners, family, config.eval, seeds)
-        candidate_returns = {"candidates": every}
-        print_tuning(tuned, console)
-    else:
-        result = live(learner, family, config.eval, seeds)
+    with memory_errors(composed):
+        if learners:
+            result, tuned, every = tune(config.tune, learners, family, config.eval, seeds)
+            candidate_returns = {"candidates": every}
+            print_tuning(tuned, console)
+        else:
+            result = live(learner, family, config.eval, seeds)
     split = config.eval.split
     write_arrays(run / "evaluation.npz", result.arrays() | candidate_returns | {"seeds": seeds})
     summary = result.summary() | optimality.compare(result, family, config.eval)
@@ -92,6 +94,7 @@ def live(learner: Learner, family: TaskFamily, settings: EvalSettings, seeds: li
 
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
     state = jax.lax.map(lambda key: learner.init(key, family), keys)
+    evaluation.check(learner, state, family, settings, seeds)
     return evaluation.evaluate(learner, state, family, settings, seeds)
 
 

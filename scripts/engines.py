@@ -5,6 +5,8 @@
 
 starts munge, slurmctld and two slurmd on the loopback interface, or a Ray cluster of two nodes, runs the command there (by
 default a small sweep) and stops them again. Slurm: Debian's `slurm-wlm` and `munge`, as root. Ray: `pip install ray`.
+Slurm has three partitions: jobs of `urgent` pre-empt those of `main`, which are told 30 s before, and of `abrupt`, which are
+not. `submitit_local` and `ray_local` are launchers that need nothing to be started.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ SWEEP = "train -m algo=rl2 env=bandit algo.meta_batch=64 iterations=20 eval.task
 WORDS = {
     "slurm": "hydra/launcher=slurm_cpu hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=3",
     "ray": "hydra/launcher=ray_cluster",
+    "submitit_local": "hydra/launcher=submitit_local",
+    "ray_local": "hydra/launcher=ray",
 }
 
 SLURM_CONF = """\
@@ -52,9 +56,15 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 JobRequeue=1
+KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=4000
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=abrupt Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -66,8 +76,8 @@ def missing(engine: str) -> str:
             return f"{', '.join(lacking)} not installed: apt-get install slurm-wlm munge"
         if os.geteuid():
             return "slurmd has to be run by root"
-        packages = {"hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher"}
-    else:
+    packages = {"hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher"}
+    if engine.startswith("ray"):
         packages = {"ray": "ray", "hydra_plugins.hydra_ray_launcher": "hydra-ray-launcher"}
     for module, package in packages.items():
         if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
@@ -99,13 +109,13 @@ def slurm() -> Iterator[dict[str, str]]:
         environment = {**os.environ, "SLURM_CONF": str(conf)}
         for _ in range(60):
             states = subprocess.run(
-                ["sinfo", "-h", "-N", "-o", "%t"], env=environment, capture_output=True, text=True
+                ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"], env=environment, capture_output=True, text=True
             ).stdout
             if states.split() == ["idle", "idle"]:
                 break
             time.sleep(0.5)
         else:
-            raise RuntimeError("\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log"))))
+            raise RuntimeError("\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.out"))))
         yield environment
         subprocess.run(["scancel", "--user=root"], env=environment, check=False)
 
@@ -145,7 +155,13 @@ def free_ports(n: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-ENGINES = {"slurm": slurm, "ray": ray}
+@contextlib.contextmanager
+def alone() -> Iterator[dict[str, str]]:
+    """For launchers that bring what they need."""
+    yield {**os.environ}
+
+
+ENGINES = {"slurm": slurm, "ray": ray, "submitit_local": alone, "ray_local": alone}
 
 
 def main() -> int:

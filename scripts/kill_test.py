@@ -78,7 +78,7 @@ def kill(run: Path, seconds: float, within: str, moments: random.Random) -> str 
     """
     process = start("train", *RUN, f"hydra.run.dir={run}")
     try:
-        if not wait_for((run / "config.yaml").exists, process):
+        if not wait_for(run.exists, process):
             finish(process)
         if within == "checkpoint":
             if not saves(run, process, moments.randrange(17)):
@@ -91,6 +91,8 @@ def kill(run: Path, seconds: float, within: str, moments: random.Random) -> str 
         process.communicate()
     if process.returncode != -signal.SIGKILL or (run / "result.json").exists():
         return None
+    if not (run / "config.yaml").exists():
+        return "before its config was written"
     if unfinished(run):
         return "in the middle of a checkpoint"
     return "between checkpoints" if (run / "checkpoints" / "last").exists() else "before the first checkpoint"
@@ -102,7 +104,7 @@ def killed_runs(kills: int, seed: int, folder: Path) -> Generator[str, None, Non
     finish(start("train", *RUN, f"hydra.run.dir={folder / 'warm'}"))  # compiles what the others find in the cache
     whole = folder / "whole"
     process = start("train", *RUN, f"hydra.run.dir={whole}")
-    wait_for((whole / "config.yaml").exists, process)
+    wait_for(whole.exists, process)
     began = time.monotonic()
     wait_for((whole / "result.json").exists, process)
     seconds = time.monotonic() - began
@@ -112,7 +114,8 @@ def killed_runs(kills: int, seed: int, folder: Path) -> Generator[str, None, Non
         run = folder / f"killed-{done}"
         found = kill(run, seconds, ("run", "checkpoint")[done % 2], moments)
         if found is not None:
-            finish(start("resume", run))
+            again = ("resume", run) if (run / "config.yaml").exists() else ("train", *RUN, f"hydra.run.dir={run}")
+            finish(start(*again))
             assert_same_run(run, whole)
             done += 1
             yield found

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import plugin_learner
+import pytest
 
-from metarl_cli import catalogue, checkpoint, cli, config, training
+from metarl_cli import catalogue, checkpoint, cli, config, runner, sweep, training
 from metarl_cli.core.interfaces import MetaLearner, TaskFamily
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,13 @@ def hasty_compiler() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def no_figures(patch: pytest.MonkeyPatch) -> None:
+    """Runs draw none, a second each, and are finished without."""
+    patch.setattr(runner.Point, "draw", lambda *_: None)
+    for module in (runner, sweep):
+        patch.setattr(module, "drawn", lambda *_: True)
 
 
 def metarl(*words: str | Path) -> int:

@@ -397,6 +397,11 @@ def test_a_sweep_of_a_users_own_configs(mine: Path, monkeypatch: pytest.MonkeyPa
         (["seed=0,1", "hydra.run.dir=x"], "Set hydra.sweep.dir"),
         (["seed=0,1", "hydra/launcher=vnap"], "hydra/launcher=vnap: no such file in hydra/launcher/. Allowed: basic,"),
         (["seed=0,1", "hydra/launcher=vnap"], "Did you mean vmap?"),
+        (["seed=0,1", "hydra/launcher=vmap", "hydra.launcher.runs=0"], "hydra.launcher.runs=0: must be 1 or more."),
+        (["seed=0,1", "hydra/launcher=vmap", "hydra.launcher.runs=x"], "hydra.launcher.runs=x: Value 'x' of type 'str'"),
+        (["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: must be 1 or more."),
+        (["seed=0,1", "hydra/sweeper=optuna", "hydra.sweeper.batch=-3"], "hydra.sweeper.batch=-3: must be 1 or more."),
+        (["seed=0,1", "hydra.launcher.runs=2"], "no such key. Which there are depends on hydra/launcher=NAME."),
         (
             ["algo.lr=interval(0.1,1)"],
             "algo.lr=interval(0.1,1): an interval has no end of values. Add hydra/sweeper=optuna.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import engines
 
 pytestmark = pytest.mark.slow
 LINES = small("rl2", "bandit", "iterations=200", "log_every=20")
-LONG = small("rl2", "bandit", "iterations=5000", "log_every=100")
+LONG = small("rl2", "bandit", "iterations=40000", "log_every=1000", "seed=0")
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def sweep(engine: str, folder: Path, *lines: str) -> Iterator[tuple[subprocess.P
     """`metarl train -m` on an engine, from a relative directory, as users do."""
     if reason := engines.missing(engine):
         pytest.skip(reason)
-    words = ["train", "-m", *lines, *engines.WORDS[engine].split()]
+    words = ["train", "-m", *engines.WORDS[engine].split(), *lines]
     with engines.ENGINES[engine]() as cluster:
         command = driver("", *words, "hydra.sweep.dir=sweep")
         process = subprocess.Popen(
@@ -38,32 +39,72 @@ def sweep(engine: str, folder: Path, *lines: str) -> Iterator[tuple[subprocess.P
             process.communicate()
 
 
+def ends_well(process: subprocess.Popen[str]) -> None:
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == 0 and "none failed" in output, output
+
+
 def runs(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("sweep/**/config.yaml"))
 
 
-@pytest.mark.parametrize("engine", ["slurm", "ray"])
+def wait_for_metrics(folder: Path) -> None:
+    for _ in range(2000):
+        if any((run / "metrics.jsonl").exists() for run in runs(folder)):
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
 def test_a_sweep(engine: str, tmp_path: Path) -> None:
-    """Two runs on two nodes, each as it would have been here."""
+    """Two runs in two places, each as it would have been here."""
     with sweep(engine, tmp_path, *LINES, "seed=0,5") as (process, _):
-        output = process.communicate(timeout=500)[0]
-    assert process.returncode == 0 and "none failed" in output, output
+        ends_well(process)
     assert len(runs(tmp_path)) == 2
     for run, seed in zip(runs(tmp_path), (0, 5), strict=True):
         assert_same_run(run, train(tmp_path / f"here-{seed}", [*LINES, f"seed={seed}"]))
 
 
-def test_a_warning_from_slurm_saves_requeues_and_resumes(tmp_path: Path) -> None:
-    """As when the time of a job is nearly up."""
-    with sweep("slurm", tmp_path, *LONG, "seed=0") as (process, cluster):
-        for _ in range(2000):
-            if any((run / "metrics.jsonl").exists() for run in runs(tmp_path)):
-                break
-            time.sleep(0.05)
-        subprocess.run(["scancel", "--user=root", "--signal=USR2"], env=cluster, check=True)
-        output = process.communicate(timeout=500)[0]
-        assert process.returncode == 0 and "none failed" in output, output
-    (run,) = runs(tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never interrupted."""
+    if reason := engines.missing("slurm"):
+        pytest.skip(reason)
+    return train(tmp_path_factory.mktemp("whole") / "run", LONG)
+
+
+SAID = {  # by Slurm and submitit, in the job's own log
+    "time": "this job is timed-out",
+    "main": "this job is preempted",
+    "abrupt": "DUE TO PREEMPTION",
+    "requeue": "DUE TO JOB REQUEUE",
+}
+
+
+@pytest.mark.parametrize("why", SAID)
+def test_a_run_that_slurm_interrupts_goes_on_in_its_directory(why: str, whole: Path, tmp_path: Path) -> None:
+    """The time of a job is up; an urgent job needs its nodes, which Slurm says 30 s before (`main`) or not at all
+    (`abrupt`); somebody puts it into the queue again.
+    """
+    partition = why if why in ("main", "abrupt") else "main"
+    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40"] if why == "time" else []
+    with sweep("slurm", tmp_path, *LONG, f"hydra.launcher.partition={partition}", *limits) as (process, cluster):
+        wait_for_metrics(tmp_path)
+        act = {"requeue": ["scontrol", "requeue", "1"], "time": ["true"]}
+        urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+        subprocess.run(act.get(why, urgent), env=cluster, check=True, capture_output=True)
+        ends_well(process)
     said = "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_log.*"))
-    assert "Caught signal SIGUSR2" in said and "requeue" in said.lower()
-    assert_same_run(run, train(tmp_path / "here", LONG))
+    assert SAID[why] in said and said.count("Starting with JobEnvironment") >= 2, said
+    (run,) = runs(tmp_path)
+    shown = [int(done) for done in re.findall(r"iteration +(\d+)/40000", (run / "log.txt").read_text())]
+    assert shown == sorted(shown)  # not from the beginning
+    assert_same_run(run, whole)
+
+
+def test_a_cancelled_job_is_an_interrupted_point(tmp_path: Path) -> None:
+    with sweep("slurm", tmp_path, *LONG) as (process, cluster):
+        wait_for_metrics(tmp_path)
+        subprocess.run(["scancel", "1"], env=cluster, check=True)
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and "metarl: point: interrupted" in output, output

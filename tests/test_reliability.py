@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from running import (
     environment,
     hasty_compiler,
     metarl,
+    no_figures,
     own_configs,
     small,
     train,
@@ -33,6 +35,7 @@ from running import (
 )
 
 from metarl_cli import catalogue, checkpoint, config, directory, logs, optimality, overview, runner
+from metarl_cli.core import footprint
 from metarl_cli.core.errors import ConfigError, MetarlError, RunError
 
 WALK = walker("iterations=12", "eval.every=4", "log_every=2")
@@ -41,7 +44,7 @@ WALK = walker("iterations=12", "eval.every=4", "log_every=2")
 @pytest.fixture(scope="module", autouse=True)
 def hasty() -> Iterator[None]:
     with hasty_compiler(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Point, "draw", lambda *_: None)
+        no_figures(patch)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 
@@ -67,6 +70,19 @@ def test_three_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import kill_test
 
     assert len(list(kill_test.killed_runs(3, 0, tmp_path))) == 3
+
+
+def test_a_run_that_was_killed_before_it_began(walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its directory is one in which nothing has begun."""
+    run = tmp_path / "run"
+    words = [f"--config-dir={own_configs(tmp_path)}", *WALK, f"hydra.run.dir={run}"]
+    killed = driver("import os\nos.replace = lambda *_: os.kill(os.getpid(), 9)", "train", *words)
+    assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
+    assert sorted(path.name for path in run.iterdir()) == [".config.yaml", ".lock", "log.txt"]
+    assert metarl("resume", run) == 2
+    assert f"metarl train ... hydra.run.dir={run}" in capsys.readouterr().err
+    assert metarl("train", *words) == 0
+    assert_same_run(run, walked)
 
 
 LONG_PROGRAM = """
@@ -145,14 +161,68 @@ def test_a_full_disk_keeps_the_last_checkpoint(walked: Path, tmp_path: Path) -> 
 # --- memory
 
 
-def test_what_cannot_fit_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compiled, and compared with what is free; the system would end something at random."""
+def test_the_footprint_of_a_program() -> None:
+    """By hand, in float32: a matrix of n x n has 4 n^2 bytes."""
+    import jax
+    import jax.numpy as jnp
+
+    n, steps = 10, 7
+    matrix = jax.ShapeDtypeStruct((n, n), jnp.float32)
+    one = 4 * n * n
+
+    def needs(program: Callable[..., object]) -> int:
+        return footprint.footprint(jax.jit(program).trace(matrix).jaxpr)
+
+    def step(x: jax.Array, _: object) -> tuple[jax.Array, jax.Array]:
+        y = jnp.tanh(x @ x)
+        return y @ x, y
+
+    assert needs(lambda x: jnp.tanh(x) * jnp.exp(x) + 1) == 2 * one  # fused: what comes in and what goes out
+    assert needs(lambda x: x @ x @ x @ x) == 3 * one  # the input is needed to the end; of each product only its successor
+    assert needs(lambda x: jnp.sin(x @ x) @ jnp.cos(x @ x + 1)) == 3 * one  # both products, and theirs
+    assert needs(jax.jit(lambda x: (x @ x).sum())) == 2 * one  # through a call; the sum comes when the input is gone
+    # The state is written over, the outputs are stacked; inside a step the first product waits for the second.
+    assert needs(lambda x: jax.lax.scan(step, x, length=steps)) == one + steps * one + one
+    assert needs(lambda x: jax.lax.scan(step, x, length=steps)[0]) == one + one  # nobody needs the stack
+    assert needs(lambda x: jax.lax.fori_loop(0, steps, lambda _, y: step(y, 0)[0], x)) == one + one
+
+
+def test_what_cannot_fit_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither compiled nor begun; the system would end something at random."""
+    monkeypatch.setattr(runner.Session, "compile", lambda _: pytest.fail("compiled"))
     lines = small("rl2", "bandit", "algo.meta_batch=500000000", "seeds=1", "iterations=1")
-    assert metarl("train", *lines, f"hydra.run.dir={tmp_path / 'run'}") == 2
-    message = capsys.readouterr().err
+    # An action, a reward and a log-probability of 4 bytes in each of 4 steps.
+    too_big(lines, tmp_path / "many", "A meta-iteration", 24, "algo.meta_batch=500000000", "algo.minibatches=2")
+    too_big(
+        small("rl2", "bandit", "algo.memory.features=500000"), tmp_path / "wide", "A meta-iteration", 4 * 3 * 0.5**2 * 1000
+    )
+    too_big(small("rl2", "bandit", "eval.tasks=20000000000"), tmp_path / "long", "The evaluation", 4 * 5 * 20, "eval.tasks")
+
+
+def too_big(lines: list[str], run: Path, what: str, least: float, *named: str) -> None:
+    """
+    Args:
+        least: GB that must be found to be needed.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert metarl("train", *lines, f"hydra.run.dir={run}") == 2
+    message = said.getvalue()
     needed, free = map(float, re.findall(r"([\d.]+) GB", message))
-    assert needed > free > 0 and needed > 24  # action, reward, log-probability of 4 bytes in each of 4 steps
-    assert "algo.meta_batch=500000000" in message and "algo.minibatches=2" in message and len(message.splitlines()) == 1
+    assert needed > free > 0 and needed > least and message.startswith(f"metarl: {what} needs")
+    assert all(name in message for name in named) and len(message.splitlines()) == 1
+
+
+def test_what_only_the_compiled_program_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(footprint, "footprint", lambda _: 0)
+    monkeypatch.setattr(footprint, "free", lambda _: 1000)
+    assert (
+        metarl("train", f"--config-dir={own_configs(tmp_path)}", *WALK, "eval.tasks=1", f"hydra.run.dir={tmp_path / 'run'}")
+        == 2
+    )
+    assert "A meta-iteration needs" in capsys.readouterr().err
 
 
 def test_the_device_runs_out_of_memory_all_the_same(

@@ -29,6 +29,7 @@ from running import (
     environment,
     hasty_compiler,
     metarl,
+    no_figures,
     own_configs,
     result,
     rows,
@@ -44,7 +45,7 @@ from metarl_cli.core.errors import ConfigError, RunError
 from metarl_cli.core.types import Trial
 
 WALK = walker("iterations=12", "eval.every=4", "log_every=2")
-DRAW = runner.Point.draw
+DRAW, DRAWN = runner.Point.draw, runner.drawn
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +63,7 @@ class Finished(NamedTuple):
 def bare() -> Iterator[None]:
     """Without figures and optimum, which take most of the time of a small run; `finished` has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Point, "draw", lambda *_: None)
+        no_figures(patch)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 
@@ -818,6 +819,25 @@ def test_what_is_not_trained_is_evaluated(tmp_path: Path, monkeypatch: pytest.Mo
     assert result(run)["train"]["iterations"] == 0 and result(run)["status"] == "completed"
     assert tree(run / "figures") == ["adaptation_curve.png", "adaptation_curve.svg", "trajectories.png", "trajectories.svg"]
     assert len(result(run)["evaluation"]["test"]["curve"]) == 4
+
+
+def test_figures_that_a_kill_cut_off_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner.Point, "draw", DRAW)
+    monkeypatch.setattr(runner, "drawn", DRAWN)
+    from metarl_cli.report import figures
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(figures, "trajectories", kill)
+        train(tmp_path / "run", walker("iterations=2"))
+    run, kept = tmp_path / "run", ("result.json", "evaluation.npz", "metrics.jsonl")
+    before = {name: digests(run)[name] for name in kept}
+    assert metarl("resume", run) == 0
+    assert {"trajectories.png", "learning_curve.svg"} <= set(tree(run / "figures"))
+    assert {name: digests(run)[name] for name in kept} == before
+    capsys.readouterr()
+    assert metarl("resume", run) == 2 and "already done 2" in capsys.readouterr().err
 
 
 def test_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

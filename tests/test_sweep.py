@@ -21,6 +21,7 @@ from running import (
     checkpoint_arrays,
     hasty_compiler,
     metarl,
+    no_figures,
     own_configs,
     result,
     rows,
@@ -42,7 +43,7 @@ def hasty() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def bare_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without figures and optimum, in an empty directory."""
-    monkeypatch.setattr(runner.Point, "draw", lambda *_: None)
+    no_figures(monkeypatch)
     monkeypatch.setattr(optimality, "compare", lambda *_: {})
     monkeypatch.chdir(tmp_path)
 
@@ -63,7 +64,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One after another, as ordinary runs."""
     directory = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Point, "draw", lambda *_: None)
+        no_figures(patch)
         patch.setattr(optimality, "compare", lambda *_: {})
         patch.chdir(directory)
         assert swept("sweep", *RATES) == 0

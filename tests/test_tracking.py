@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import assert_same_run, driver, environment, hasty_compiler, metarl, own_configs, train, walker
+from running import assert_same_run, driver, environment, hasty_compiler, metarl, no_figures, own_configs, train, walker
 
 from metarl_cli import optimality, runner, tracking
 
@@ -28,7 +28,7 @@ WALK = walker("iterations=6", "log_every=2", "eval.every=4")
 @pytest.fixture(scope="module", autouse=True)
 def hasty() -> Iterator[None]:
     with hasty_compiler(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Point, "draw", lambda *_: None)
+        no_figures(patch)
         patch.setattr(optimality, "compare", lambda *_: {})
         yield
 

@@ -110,6 +110,19 @@ def test_all_candidates_run_under_one_program() -> None:
     assert evaluation._trials._cache_size() == before + 3  # theirs, that of chance, and of chance on more tasks
 
 
+@pytest.mark.parametrize("word", ["experiment=wang_bandits", "+experiment=rl2_paper", "sweep=rl2"])
+def test_what_an_evaluation_takes(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "algo=thompson", "env=bandit", word]) == 2
+    message = capsys.readouterr().err
+    assert f"{word.lstrip('+')}: metarl eval takes no" in message and "It takes algo=NAME, env=NAME" in message
+
+
+def test_an_evaluation_that_cannot_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "algo=thompson", "env=bandit", "eval.tasks=20000000000", "hydra.run.dir=there"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("metarl: The evaluation needs") and "eval.tasks" in message and len(message.splitlines()) == 1
+
+
 def test_an_optimum_is_no_reason_to_lose_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     # The target pays less than the informative arm tells of: nobody has computed that optimum.
     assert (

@@ -207,7 +207,8 @@ class InnerLoop:
             _, batch = jax.vmap(lambda k: rollout(k, family, task, act, (), self.policy.spec))(keys)
             data = self.data(see(batch.observation), batch, normaliser)
             scale = jnp.where(index == 0, 1.0, decay)
-            adapted = jax.lax.cond(index < points - 1, lambda a: self.step(a, data, scale), lambda a: a, adapted)
+            if points > 1:
+                adapted = jax.lax.cond(index < points - 1, lambda a: self.step(a, data, scale), lambda a: a, adapted)
             return adapted, (batch, data)
 
         keys = jax.random.split(key, points)

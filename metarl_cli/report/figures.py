@@ -93,11 +93,14 @@ def _styled(function: Callable[P, R]) -> Callable[P, R]:
 
 @_styled
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Writes `path`.svg and `path`.png (200 dpi); the folder is made. Returns both paths."""
+    """Writes `path`.svg and `path`.png (200 dpi), each at once or not at all; the folder is made. Returns both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]
-    figure.savefig(files[0], format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(files[1], format="png", dpi=200, metadata={"Software": None})
+    files = []
+    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        file = path.with_name(f"{path.name}.{kind}")
+        new = file.with_name(f".{file.name}")
+        figure.savefig(new, format=kind, dpi=200 if kind == "png" else "figure", metadata=metadata)
+        files.append(new.replace(file))
     return files
 
 
