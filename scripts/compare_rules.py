@@ -4,10 +4,10 @@
     .venv/bin/python scripts/compare_rules.py DIRECTORY --rules RUN ...     rules from these runs of `algo=lpg`
 
 Trains `algo=lpg` on small MDPs (`TRAIN`), all seeds in one run, takes of 16 settings of the actor-critic's learning rate and
-entropy the one with the highest mean return over all updates on training tasks, and lets fresh agents of both learn in the
-families `UNSEEN`, from the same number of episodes in each update. It prints the return after some numbers of updates, and
-the mean over all updates with 95 % intervals over seeds and tasks, also of the difference, and draws the curves. What is
-finished is kept in DIRECTORY: the same command goes on where it stopped.
+entropy the one with the highest mean return over all updates on training tasks, and lets fresh agents of both learn in new
+tasks of the training family and in the families `UNSEEN`, from the same number of episodes in each update. It prints the
+return after some numbers of updates, and the mean over all updates with 95 % intervals over seeds and tasks, also of the
+difference, and draws the curves. What is finished is kept in DIRECTORY: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -31,13 +31,10 @@ from metarl_cli.core.settings import EvalSettings
 from metarl_cli.core.statistics import summarise, summarise_curve
 from metarl_cli.report import figures
 
-SMALL = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
-TRAIN = [*SMALL, "env.reward_mean=0.0"]
+TRAIN = ["env=tabular_mdp", "env.states=5", "env.actions=3", "env.horizon=10", "env.reward_noise=0.1"]
 UNSEEN = {
-    "the training family": TRAIN,
-    "rewards of mean 1": SMALL,
-    "rewards of twice the size": [*TRAIN, "env.reward_std=2.0"],
     "larger": ["env=tabular_mdp", "env.states=10", "env.actions=5", "env.horizon=10", "env.reward_noise=0.1"],
+    "other rewards": [*TRAIN, "env.reward_mean=0.0", "env.reward_std=2.0"],
     "longer": ["env=tabular_mdp", "env.states=8", "env.actions=4", "env.horizon=20", "env.reward_noise=0.5"],
     "grid": ["env=grid_nav", "env.observation=one_hot"],
     "chain of 6": ["env=chain", "env.length=6", "env.horizon=12"],
@@ -63,7 +60,7 @@ def curve(learner: Any, family: TaskFamily, settings: EvalSettings, seeds: list[
     return evaluation.evaluate(learner, state, family, settings, seeds).returns.mean(3)
 
 
-def trained(directory: Path, seeds: int, overrides: list[str]) -> Path:
+def trained(directory: Path, family: list[str], seeds: int, overrides: list[str]) -> Path:
     """A run of lpg, finished."""
     run = directory / "lpg"
     command = [sys.executable, "-m", "metarl_cli"]
@@ -74,7 +71,7 @@ def trained(directory: Path, seeds: int, overrides: list[str]) -> Path:
     else:
         lines = [
             "algo=lpg",
-            *TRAIN,
+            *family,
             f"seeds={seeds}",
             "log_every=10",
             "eval.tasks=100",
@@ -85,17 +82,17 @@ def trained(directory: Path, seeds: int, overrides: list[str]) -> Path:
     return run
 
 
-def tune(directory: Path, settings: list[str]) -> dict[str, float]:
+def tune(directory: Path, family: list[str], settings: list[str]) -> dict[str, float]:
     """The best of 16, by the mean return over all updates on training tasks."""
     path = directory / "tuned.json"
     if not path.exists():
         scores = {}
-        learner, family, where = built(
-            ["algo=actor_critic", *TRAIN, "algo.hidden=[]", *settings, "eval.split=train", "eval.seed=1"]
+        learner, tasks, where = built(
+            ["algo=actor_critic", *family, "algo.hidden=[]", *settings, "eval.split=train", "eval.seed=1"]
         )
         for lr, entropy in itertools.product(RATES, ENTROPIES):
             changed = dataclasses.replace(learner, inner_lr=lr, entropy=entropy)
-            scores[f"{lr},{entropy}"] = float(curve(changed, family, where, [0]).mean())
+            scores[f"{lr},{entropy}"] = float(curve(changed, tasks, where, [0]).mean())
             print(f"actor-critic, lr {lr:g}, entropy {entropy:g}: {scores[f'{lr},{entropy}']:.3f}", flush=True)
         lr, entropy = map(float, max(scores, key=scores.__getitem__).split(","))
         path.write_text(json.dumps({"scores": scores, "inner_lr": lr, "entropy": entropy}))
@@ -107,25 +104,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--rules", type=Path, nargs="*", help="runs of algo=lpg")
+    parser.add_argument("--train", action="append", default=[], help="changes TRAIN, e.g. env.reward_mean=0.0")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("overrides", nargs="*", help="of the training of lpg, e.g. iterations=2000")
     given = parser.parse_intermixed_args()
     given.directory.mkdir(parents=True, exist_ok=True)
-    runs = given.rules or [trained(given.directory, given.seeds, given.overrides)]
+    family = [*TRAIN, *given.train]
+    runs = given.rules or [trained(given.directory, family, given.seeds, given.overrides)]
     settings = [f"eval.tasks={given.tasks}", f"eval.adapt.steps={given.updates}"]
-    best = tune(given.directory, settings)
+    best = tune(given.directory, family, settings)
     print(f"actor-critic: the best has lr {best['inner_lr']:g}, entropy {best['entropy']:g}")
     shown = [n for n in SHOWN if n <= given.updates]
     print(f"\n| family | | {' | '.join(f'after {n}' for n in shown)} | mean over all | difference |")
     print(f"|---|---|{'---|' * (len(shown) + 2)}")
-    for name, lines in UNSEEN.items():
+    for name, lines in {"the training family": family, **UNSEEN}.items():
         file = given.directory / f"{name.replace(' ', '_')}.npz"
         if not file.exists():
             rule = np.concatenate([rule_curve(Path(run), [*lines, *settings]) for run in runs])
-            learner, family, where = built(["algo=actor_critic", *lines, "algo.hidden=[]", *settings])
-            tuned = curve(dataclasses.replace(learner, **best), family, where, list(range(len(rule))))
+            learner, tasks, where = built(["algo=actor_critic", *lines, "algo.hidden=[]", *settings])
+            tuned = curve(dataclasses.replace(learner, **best), tasks, where, list(range(len(rule))))
             np.savez(file, lpg=rule, actor_critic=tuned)
         with np.load(file) as arrays:
             both = dict(arrays)
