@@ -131,7 +131,7 @@ def check(learner: Learner, state: State, family: TaskFamily, settings: EvalSett
     program = _trials.trace(learner, state, keys, family, chunk, plan).jaxpr
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tasks))
     kept += 3 * 8 * len(seeds) * n * plan.points * plan.episodes  # returns, steps and regret, in float64
-    footprint.check(footprint.footprint(program) // devices.count() + kept, "The evaluation")
+    footprint.check(footprint.footprint(program) // devices.memories() + kept, "The evaluation")
 
 
 def _sizes(tasks: Any, family: TaskFamily, plan: Plan, seeds: int) -> tuple[int, int]:

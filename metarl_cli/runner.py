@@ -524,7 +524,7 @@ class Session:
 
         state = jax.eval_shape(lambda: training.init(self.learner, self.family, seeds, self.swept))
         program = training.train_chunk.trace(*self.arguments(state, 1)).jaxpr
-        footprint.check(footprint.footprint(program) // devices.count(), "A meta-iteration")
+        footprint.check(footprint.footprint(program) // devices.memories(), "A meta-iteration")
         point = max(self.points, key=lambda point: len(point.seeds))  # they are evaluated one by one
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(point.seeds), *x.shape[1:]), x.dtype), state.learner)
         evaluation.check(point.learner, own, point.family, point.config.eval, point.seeds)
@@ -639,7 +639,7 @@ class Session:
             point.compile_seconds += self.compile_seconds
         if sizes := chunk.memory_analysis():  # not every backend knows
             needed = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-            footprint.check(needed, "A meta-iteration")
+            footprint.check(needed * devices.count() // devices.memories(), "A meta-iteration")
         return lambda state, n: chunk(*self.arguments(state, n))
 
     def arguments(self, state: Any, n: int) -> tuple[Any, ...]:

@@ -92,6 +92,11 @@ def count() -> int:
     return get_abstract_mesh().shape.get(AXIS, 1)
 
 
+def memories() -> int:
+    """Over how many memories tasks are spread: the devices of a CPU share one."""
+    return min(count(), jax.process_count()) if jax.default_backend() == "cpu" else count()
+
+
 def first() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
