@@ -463,6 +463,11 @@ def sweep(
             if override.is_interval_sweep() and config.hydra.sweeper._target_.startswith("hydra._internal."):
                 problem = "an interval has no end of values"
                 raise ConfigError(override.key_or_group, _text(override), problem, hint="Add hydra/sweeper=optuna.")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot be made ({error.strerror})"
+            raise ConfigError("hydra.sweep.dir", directory, problem, hint="Take another directory.") from None
         points = Points(job, directory, [override.get_key_element().lstrip("+") for override in swept])
         with _engine_errors():
             returned = hydra.multirun("train", points, lines, with_log_configuration=False)
@@ -968,11 +973,19 @@ def _raw(config: DictConfig, key: str) -> str:
 
 
 def _each_value(parsed: list[Override]) -> Iterator[list[str]]:
-    """Configs in which every value of a sweep occurs at least once, of an interval its ends."""
+    """Configs in which every value of a sweep occurs at least once, of an interval its ends.
+
+    Raises:
+        ConfigError: nothing is swept, or something twice.
+    """
     lines: list[list[str]] = []
     for override in parsed:
         if override.is_discrete_sweep():
-            values = override.sweep_string_iterator()
+            values = list(override.sweep_string_iterator())
+            twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+            if not values or twice is not None:
+                problem = "holds no value" if twice is None else f"names {twice} twice"
+                raise ConfigError(override.key_or_group, _text(override), problem)
             lines.append([f"{override.get_key_element()}={value}" for value in values])
         elif override.is_interval_sweep():
             interval: Any = override.value()

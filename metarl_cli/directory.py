@@ -24,7 +24,7 @@ LIMITS = {
     "metrics.jsonl": 10**10,
 }
 # What a run leaves that was killed before its config.yaml was there.
-UNBEGUN = {".probe", ".lock", "log.txt", ".config.yaml"}
+UNBEGUN = {".probe", ".lock", "log.txt", ".config.yaml", "overrides.yaml"}
 
 
 def empty(run: Path) -> bool:

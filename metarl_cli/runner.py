@@ -82,7 +82,12 @@ def train(composed: Composed) -> Path:
         with RunLock(run), log_to(run, console) as log:
             save(composed, run)
             log.debug("metarl train %s", " ".join(composed.overrides))
-            Session([Point(run, composed, learner, family, console)], console).go_on()
+            try:
+                Session([Point(run, composed, learner, family, console)], console).go_on()
+            except OutOfMemory:
+                if not (run / "metrics.jsonl").exists():  # nothing has begun here: another try may
+                    (run / "config.yaml").unlink()
+                raise
     return run
 
 

@@ -45,18 +45,30 @@ class Search:
     """
 
     def __init__(
-        self, space: dict[str, BaseDistribution], storage: str, sampler: str, direction: str, trials: int, seed: int
+        self,
+        space: dict[str, BaseDistribution],
+        storage: str,
+        sampler: str,
+        pruner: str,
+        direction: str,
+        trials: int,
+        seed: int,
     ):
-        for key, value, allowed in (("sampler", sampler, SAMPLERS), ("direction", direction, ("maximize", "minimize"))):
+        choices = {"sampler": SAMPLERS, "pruner": PRUNERS, "direction": ("maximize", "minimize")}
+        for (key, allowed), value in zip(choices.items(), (sampler, pruner, direction), strict=True):
             if value not in allowed:
                 raise ConfigError(f"hydra.sweeper.{key}", value, "no such choice", allowed=allowed)
+        if not space:
+            hint = "Give a key an interval or several values: 'algo.lr=tag(log,interval(1e-4,1e-2))'."
+            raise ConfigError("hydra/sweeper", "optuna", "has nothing to search", hint=hint)
         self.space, self.storage, self.sampler, self.trials, self.seed = space, storage, sampler, trials, seed
         self.study = study(storage, direction)
-        self.waiting = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
-        for trial in self.waiting:
-            if trial.distributions.keys() != space.keys():
-                problem = "holds a search of another space"
-                raise ConfigError("hydra.sweeper.storage", storage, problem, hint="Take another hydra.sweep.dir.")
+        begun = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name != "WAITING"]
+        self.waiting = [trial for trial in begun if trial.state.name == "RUNNING"]
+        self.ended = [trial for trial in begun if trial.state.name != "RUNNING"]
+        if any(trial.distributions != space for trial in begun):
+            problem = "holds a search of another space"
+            raise ConfigError("hydra.sweeper.storage", storage, problem, hint="Take another hydra.sweep.dir.")
 
     def ask(self, most: int) -> list[Trial]:
         """The next trials, at most so many; none when the search is over."""
@@ -225,8 +237,6 @@ def pruner(sweeper: DictConfig) -> Prune:
     kind = sweeper.get("pruner") or "none"
     if kind == "none":
         return lambda points: {}
-    if kind not in PRUNERS:
-        raise ConfigError("hydra.sweeper.pruner", kind, "no such choice", allowed=PRUNERS)
     import optuna
 
     running = [optuna.trial.TrialState.RUNNING]

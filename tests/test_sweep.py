@@ -309,7 +309,7 @@ def test_names_are_safe(lines: list[str], name: str) -> None:
 
 
 def searching(storage: str, sampler: str, trials: int = 12, **space: str) -> search.Search:
-    return search.Search(parsed(**space), storage, sampler, "maximize", trials, seed=0)
+    return search.Search(parsed(**space), storage, sampler, "none", "maximize", trials, seed=0)
 
 
 def parsed(**space: str) -> dict[str, Any]:
@@ -368,11 +368,21 @@ def test_a_search_finds_the_optimum(sampler: str) -> None:
         ("cmaes", CHOICES, r"hydra\.sweeper\.sampler=cmaes: y is no interval"),
         ("cmaes", {"x": "interval(0,1)"}, r"needs two parameters"),
         ("tpe", {"x": "interval(1,0)"}, r"x=interval\(1,0\): is no interval"),
+        ("tpe", {}, r"hydra/sweeper=optuna: has nothing to search"),
     ],
 )
 def test_mistakes_in_a_search(sampler: str, space: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         searching(f"sqlite:///{Path('s.db').absolute()}", sampler, **space).ask(1)
+
+
+def test_a_study_holds_one_space() -> None:
+    storage = f"sqlite:///{Path('s.db').absolute()}"
+    live(searching(storage, "tpe", 2, **INTERVALS), 2)
+    assert len(searching(storage, "tpe", 3, **INTERVALS).ended) == 2
+    for other in ({**INTERVALS, "x": "interval(-1.0,2.0)"}, {"x": INTERVALS["x"]}):
+        with pytest.raises(ConfigError, match="holds a search of another space"):
+            searching(storage, "cmaes", 3, **other)
 
 
 def test_spaces() -> None:
@@ -437,6 +447,10 @@ def test_a_search_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("2 runs in one program") == 2
     assert swept("sweep", *search_for, "iterations=2", "hydra.sweeper.trials=6") == 0
     assert len([path for path in Path("sweep").iterdir() if path.name.startswith("algo.lr=")]) == 6
+    both = content("sweep")["points"]
+    assert both[:4] == first and len({point["run"] for point in both}) == 6
+    assert swept("sweep", *search_for, "iterations=2", "hydra.sweeper.trials=6") == 0
+    assert content("sweep")["points"] == both
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -57,16 +57,20 @@ class OptunaSweeper(Sweeper):
         fixed = [str(override.input_line) for override in given.values() if not override.is_sweep_override()]
         swept = {o.get_key_element(): search.distribution(o) for o in given.values() if o.is_sweep_override()}
         self.directory.mkdir(parents=True, exist_ok=True)
-        names = ("storage", "sampler", "direction", "trials", "seed")
+        names = ("storage", "sampler", "pruner", "direction", "trials", "seed")
         searching = search.Search(swept, **{name: self.settings[name] for name in names})
         returned: list[Sequence[JobReturn]] = []
-        started = 0
+
+        def points_of(trials: Sequence[Any]) -> list[list[str]]:
+            return [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
+
+        if searching.ended:  # their results are there: they stand in the summary as well
+            returned.append(self.starting.launch(points_of(searching.ended), initial_job_idx=0))
         while batch := searching.ask(self.settings["batch"]):
-            points = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in batch]
+            points = points_of(batch)
             for trial, point in zip(batch, points, strict=True):
                 trial.set_user_attr("run", self.points.name(point))
-            returned.append(self.starting.launch(points, initial_job_idx=started))
-            started += len(batch)
+            returned.append(self.starting.launch(points, initial_job_idx=sum(map(len, returned))))
             for trial, point in zip(batch, returned[-1], strict=True):
                 searching.tell(trial, point.return_value.status, float(point.return_value))
         return returned
