@@ -211,6 +211,7 @@ def too_big(lines: list[str], run: Path, what: str, least: float, *named: str) -
     needed, free = map(float, re.findall(r"([\d.]+) GB", message))
     assert needed > free > 0 and needed > least and message.startswith(f"metarl: {what} needs")
     assert all(name in message for name in named) and len(message.splitlines()) == 1
+    assert directory.empty(run), "smaller settings could not be tried there"
 
 
 def test_what_only_the_compiled_program_tells(
