@@ -316,6 +316,8 @@ def _train(words: list[str]) -> int:
         from metarl_cli import sweep
 
         return sweep.run(overrides, config_dir)
+    if space := next((line for line in overrides if line.startswith("sweep=")), None):
+        raise MetarlError(f"{space}: is a space to search: metarl train -m {space} ...")
     composed = config.compose(overrides, config_dir)
     from metarl_cli import runner
 

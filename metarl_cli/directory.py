@@ -67,6 +67,8 @@ def config_of(run: Path) -> Path:
         hint = f"Did you mean {inside[-1]}, the latest run in it?" if inside else "metarl train makes one."
         if empty(run):
             hint = f"A run that was stopped before it began starts anew: metarl train ... hydra.run.dir={run}"
+        if (run / "multirun.yaml").is_file():
+            hint = "It is a sweep: name one of its runs. The command that made it goes on with all of them."
         raise RunError(f"{run}: is no run directory: it holds no config.yaml. {hint}")
     check(run)
     return file

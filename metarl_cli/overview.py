@@ -14,7 +14,7 @@ from typing import Any
 from metarl_cli import catalogue, directory
 from metarl_cli.core.errors import MetarlError, RunError
 
-SWEEP = "sweep.json"  # what makes a directory of runs a sweep
+SWEEP = ("sweep.json", "multirun.yaml")  # what makes a directory of runs a sweep; the second is there from the start
 INSIDE = {"checkpoints", "evaluations", "figures", "tensorboard", "wandb"}  # a run holds no other runs
 
 
@@ -95,7 +95,7 @@ def _find(root: Path) -> Iterator[Run]:
 
 def _sweeps(found: Sequence[Run], root: Path) -> list[Path]:
     folders = {parent for run in found for parent in run.path.parents if parent.is_relative_to(root)}
-    return sorted(folder for folder in folders if (folder / SWEEP).is_file())
+    return sorted(folder for folder in folders if any((folder / name).is_file() for name in SWEEP))
 
 
 def _read(path: Path) -> Run:

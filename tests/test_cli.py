@@ -108,6 +108,7 @@ MISTAKES = [
     ("train seed=2147483647 seeds=2", ["seeds=2: the last seed"]),
     ("train plugins=[no_such_package]", ["plugins=no_such_package: there is no such package", "PYTHONPATH"]),
     ("train algo=mamll", ["algo=mamll: no such algorithm", "Did you mean maml?"]),
+    ("train sweep=rl2", ["sweep=rl2: is a space to search: metarl train -m sweep=rl2"]),
     ("train seed=0,1", ["seed=0,1: takes one value", "Add -m", "metarl train -m seed=0,1"]),
     ("train seed=range(0,3)", ["seed=range(0,3): takes one value", "Add -m"]),
     ("train algo.lr = 3", ["algo.lr: ", "without spaces around `=`"]),

@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(root / "longer", "algo=maml", "iterations=80")  # was extended, but has not got there
     for i in (2, 10):
         make(root / "sweep" / str(i), "algo=maml", "env=point_nav", f"seed={i}")
-    (root / "sweep" / "sweep.json").write_text("{}")
+    (root / "sweep" / "multirun.yaml").write_text("{}")  # one that was interrupted has no sweep.json yet
     (root / "one" / "wandb").mkdir()
     (root / "one" / "wandb" / "config.yaml").write_text("no: run")
     broken = make(root / "broken", "algo=maml")
