@@ -887,12 +887,16 @@ def _check_hydra(config: DictConfig) -> None:
         for name, value in expected.items():
             if section[name] != value:
                 raise ConfigError(f"{prefix}.{name}", _show(section[name]), "cannot be set", allowed=_HYDRA_KEYS)
+    for section in ("launcher", "sweeper"):
+        if not isinstance(hydra[section], dict):
+            hint = f"Choose with hydra/{section}=NAME, and set hydra.{section}.KEY=VALUE."
+            raise ConfigError(f"hydra.{section}", _show(hydra[section]), "is a section", hint=hint)
     for section, name in (("launcher", "runs"), ("launcher", "n_jobs"), ("sweeper", "trials"), ("sweeper", "batch")):
-        value = (hydra[section] or {}).get(name)
+        value = hydra[section].get(name)
         if isinstance(value, int) and value < 1 and (name, value) != ("n_jobs", -1):  # as many as there are cores
             raise ConfigError(f"hydra.{section}.{name}", value, "must be 1 or more")
     # These would pass for the user's own overrides.
-    for key in (hydra["sweeper"] or {}).get("params") or {}:
+    for key in hydra["sweeper"].get("params") or {}:
         if re.match(r"\+*(plugins|hydra)\b", key):
             raise ConfigError(f"hydra.sweeper.params.{key}", None, "belongs on the command line")
     for key, target in _targets(hydra, "hydra"):

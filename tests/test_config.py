@@ -409,6 +409,8 @@ def test_a_sweep_of_a_users_own_configs(mine: Path, monkeypatch: pytest.MonkeyPa
         (["algo.lr=interval(-1,1)", "hydra/sweeper=optuna"], "algo.lr=-1.0: must be a number > 0"),
         (["seed=0,1", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: cannot be set"),
         (["seed=range(0)"], "seed=range(0): holds no value"),
+        (["seed=0,1", "hydra.sweeper=5"], "hydra.sweeper=5: is a section. Choose with hydra/sweeper=NAME"),
+        (["seed=0,1", "hydra.launcher=null"], "hydra.launcher=null: is a section"),
         (["seed=0,1,0"], "seed=0,1,0: names 0 twice"),
         (["seed=0,1", "hydra.sweep.dir=/dev/null/x"], "hydra.sweep.dir=/dev/null/x: cannot be made (Not a directory)"),
         (["sweep=rl2", "algo=maml"], "algo.entropy=0.0: no such key."),
