@@ -28,6 +28,13 @@ def test_splits():
     assert np.abs(np.corrcoef(rewards.T) - np.eye(50)).max() < 5 / np.sqrt(n)
 
 
+def test_mdps_differ_as_a_whole_where_the_mean_does():
+    tasks = sample(family_of("tabular_mdp", "env.reward_mean=2", "env.reward_mean_std=3", "env.reward_std=0.5"), 400)
+    means = tasks.reward.mean((1, 2))
+    assert stats.kstest(means, stats.norm(2, np.hypot(3, 0.5 / np.sqrt(50))).cdf).pvalue > 1e-3
+    assert stats.kstest((tasks.reward - means[:, None, None]).ravel(), stats.norm(0, 0.5).cdf).pvalue > 1e-3
+
+
 def test_against_plain_numpy():
     family, n, steps = family_of("tabular_mdp", *SMALL, "env.reward_noise=0.5"), 50, 400
     tasks = sample(family, n)

@@ -84,12 +84,16 @@ def distributions(key: Key, concentration: float, shape: tuple[int, ...]) -> jax
 
 @pytree
 class RandomMDPs(TaskFamily):
-    """MDPs of the prior; in `ood` transitions are Dirichlet(ood_dirichlet)."""
+    """MDPs of the prior; in `ood` transitions are Dirichlet(ood_dirichlet).
+
+    With `reward_mean_std` the mean of the rewards of an MDP is drawn first, of which the prior knows nothing.
+    """
 
     episodes: int = static()
     env: TabularMDPEnv = static()
     prior: TabularMDP = static()
     horizon: int = static()
+    reward_mean_std: float = static()
     ood_dirichlet: float = static()
     splits: tuple[str, ...] = static(default=("train", "test", "ood"))
 
@@ -98,9 +102,12 @@ class RandomMDPs(TaskFamily):
         prior = self.prior
         dirichlet = self.ood_dirichlet if split == "ood" else prior.dirichlet
         reward = jax.random.normal(key_reward, (prior.states, prior.actions))
+        mean = prior.reward_mean
+        if self.reward_mean_std > 0:
+            mean += self.reward_mean_std * jax.random.normal(jax.random.fold_in(key_reward, 1))
         return TabularMDPParams(
             transition=distributions(key_transition, dirichlet, (prior.states, prior.actions, prior.states)),
-            reward=prior.reward_mean + prior.reward_std * reward,
+            reward=mean + prior.reward_std * reward,
             noise=prior.reward_noise,
             max_steps_in_episode=self.horizon,
         )
@@ -143,6 +150,7 @@ class TabularMDPSettings(FamilySettings):
     horizon: int = setting("steps of an episode", unit="steps", ge=1)
     episodes: int = setting("length of a trial", unit="episodes", ge=1)
     reward_mean: float = setting("mean of the mean rewards")
+    reward_mean_std: float = setting("standard deviation of `reward_mean` over MDPs, unknown to Bayesian learners", ge=0)
     reward_std: float = setting("standard deviation of the mean rewards", gt=0)
     reward_noise: float = setting("standard deviation of a reward around its mean", ge=0)
     dirichlet: float = setting("concentration of the transitions; small: nearly deterministic", gt=0)
@@ -163,5 +171,6 @@ class TabularMDPSettings(FamilySettings):
             env=TabularMDPEnv(self.states, self.actions),
             prior=prior,
             horizon=self.horizon,
+            reward_mean_std=self.reward_mean_std,
             ood_dirichlet=self.ood_dirichlet,
         )
