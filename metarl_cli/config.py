@@ -685,6 +685,8 @@ def _mistake(
         return ConfigError(key, None, f"has no value; it must be {allowed}", hint=f"Add {key}=VALUE.")
     if detail["type"] in ("value_error", "assertion_error"):
         return ConfigError(key, _show(value), str(detail["ctx"]["error"]))
+    if detail["type"] == "too_short":
+        return ConfigError(key, _show(value), f"must be {allowed}, and not empty")
     if typing.get_origin(field.annotation) is Literal:
         return ConfigError(key, _show(value), "no such choice", allowed=typing.get_args(field.annotation))
     if not re.match(r".*_type$|int_from|greater|less", detail["type"]):

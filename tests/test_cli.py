@@ -96,6 +96,7 @@ MISTAKES = [
     ("train device=gpuu", ["device=gpuu: no such choice", "auto, cpu, gpu", "Did you mean gpu?"]),
     ("train algo.hidden=64", ["algo.hidden=64: must be a list, each an integer >= 1"]),
     ("train algo.hidden=[64,0]", ["algo.hidden=[64,0]: must be a list, each an integer >= 1"]),
+    ("diagnose estimators RUN episodes=[]", ["episodes=[]: must be a list, each an integer >= 1, and not empty"]),
     ("train algo.lr=inf", ["algo.lr=inf: must be a finite number"]),
     ("train algo.lr=", ["algo.lr='': must be a number > 0"]),
     ("train eval=5", ["eval=5: must be a section"]),
