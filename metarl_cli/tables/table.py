@@ -49,9 +49,7 @@ class Row(Settings):
 class Column(Settings):
     label: str = setting("how it is printed")
     rows: Lines = setting("patterns of the rows that it has")
-    overrides: Lines | None = setting(
-        "the learner and its settings; null: metarl has none, only published numbers are shown"
-    )
+    overrides: Lines = setting("the learner and its settings")
     reads: Literal["return", "regret", "best_return", "best_regret"] = setting(
         "what of a run is reported: what the learner got, or what the best possible one gets in expectation"
     )
@@ -133,14 +131,12 @@ class Table(Settings):
     def command(self, cell: Cell, budget: Budget, seeds: int | None) -> Lines | None:
         """What follows `metarl`: `train` or `eval` and overrides, of which the last of a key is left; without a directory.
 
-        None where the budget does not include the cell, or nothing can be run for it.
+        None where the budget does not include the cell.
 
         Args:
             seeds: of learners that are trained; None: 5, in a smoke run 2.
         """
         row, column = self.rows[cell.row], self.columns[cell.column]
-        if column.overrides is None:
-            return None
         lines = [*row.overrides, *column.overrides]
         if column.budgets is not None:
             matching = [more for name, more in column.budgets.get(budget, {}).items() if fnmatchcase(cell.row, name)]
