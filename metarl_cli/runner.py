@@ -353,8 +353,9 @@ class Point:
         for i, at in enumerate(failed_at):
             if at >= 0 and i not in self.reported:
                 self.reported.add(i)
+                which = f"{self.run.name}, " if self.together > 1 else ""
                 logging.getLogger("metarl").warning(
-                    f"seed {self.seeds[i]}: {names[failed_by[i]]} turned NaN or infinite in meta-iteration "
+                    f"{which}seed {self.seeds[i]}: {names[failed_by[i]]} turned NaN or infinite in meta-iteration "
                     f"{at + 1}; its last good state is kept."
                 )
         if any(at < 0 for at in failed_at):

@@ -187,10 +187,13 @@ def test_an_interrupted_program_goes_on_alone_and_together(alone: Path, monkeypa
         assert_equal_runs(Path("sweep") / name, alone / name)
 
 
-def test_a_point_that_diverges_alone_stands_still(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_point_that_diverges_alone_stands_still(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """It keeps its last good state and its message; the others end as without it."""
     breaks = ("algo.breaks=loss", "algo.breaks_at=2", "seed=3")
     assert swept("sweep", *breaks, "algo.luckier_than=-1.0,2.0", VMAP) == 1
+    assert "algo.luckier_than=-1.0, seed 4: loss turned NaN or infinite" in caplog.text
     err = capsys.readouterr().err
     assert "luckier_than=-1.0: diverged: Training diverged: loss turned NaN or infinite in meta-iteration 3" in err
     broken, healthy = (Path("sweep") / f"algo.luckier_than={x}" for x in ("-1.0", "2.0"))
