@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 import running
+from gymnax.environments import spaces as gymnax_spaces
 from jax.flatten_util import ravel_pytree
-from probes import assert_close, build, eval_settings, finite_differences, update, walk
+from probes import assert_close, build, eval_settings, finite_differences, one_step, update, walk
 from test_returns import loop_gae
 
 from metarl_cli.algos.lpg import LPG
@@ -121,6 +122,93 @@ def test_lpg_told_the_advantage_is_reinforce(float64, discrete):
     assert optax.tree.norm(jax.tree.map(jnp.subtract, expected, policy)) > 0.01
 
 
+def average(x: Any, valid: Any) -> float:
+    return float(np.sum(np.where(valid, x, 0)) / np.sum(valid))
+
+
+def entropy(logits: Any) -> np.ndarray:
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return -(p * np.log(p)).sum(-1)
+
+
+def test_what_a_rule_is_learned_for(float64):
+    """Term by term: what theta_N earns, its entropy, and the regularisers of both targets, a mean over the updates."""
+    weights = {"policy_l2": 0.3, "prediction_l2": 0.2, "prediction_entropy": 0.4}
+    learner = learner_of("lpg", outer_entropy=0.7, outer_gamma=0.6, inner_optimizer="sgd", inner_lr=0.3, **weights)
+    state, _, batch = lived(learner)
+    eta, agent, episodes = state.params, first(state.lives.agent), first(batch)
+    actual = jax.jit(learner.loss)(eta, (agent, episodes))
+    costs = []
+    for n in range(2):
+        one = jax.tree.map(lambda x, n=n: x[n], episodes)
+        pi_hat, y_hat = jax.jit(learner.targets)(eta, agent.params, one)
+        _, y = learner.network.apply(agent.params, one.observation)
+        regularisers = 0.3 * pi_hat**2 + 0.2 * (y_hat**2).mean(-1) - 0.4 * entropy(y)
+        costs.append(average(regularisers, one.valid))
+        agent = jax.jit(learner.update_agent)(eta, agent, one)[0]
+    last = jax.tree.map(lambda x: x[2], episodes)
+    logits = np.asarray(learner.network.apply(agent.params, last.observation)[0].logits)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    taken = np.take_along_axis(log_p, np.asarray(last.action)[..., None], -1)[..., 0]
+    earned = average(taken * policy_data(last.observation, last, RAW, 0.6, 1.0).advantage, last.valid)
+    expected = np.mean(costs) - earned - 0.7 * average(entropy(logits), last.valid)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    assert min(abs(earned), *map(abs, costs)) > 1e-3
+
+
+@pytree
+class Aimed(LPG):
+    """Whose targets are given: none for the policy, always the same for the prediction."""
+
+    def targets(self, eta: Any, params: Any, batch: Any) -> Any:
+        return jnp.zeros(batch.valid.shape), jnp.broadcast_to(jnp.array([1.0, -2.0, 0.5]), (*batch.valid.shape, 3))
+
+
+def test_predictions_move_towards_their_target(float64):
+    """theta' = theta - lr alpha_y grad KL(y || y_hat), the prediction first, written out."""
+    learner = learner_of("lpg", inner_optimizer="sgd", inner_lr=0.3, prediction=0.7)
+    aimed = Aimed(**{name: getattr(learner, name) for name in learner.__dataclass_fields__})
+    state, _, batch = lived(aimed)
+    agent, one = first(state.lives.agent), first(first(batch))
+    aim = jnp.broadcast_to(jax.nn.log_softmax(jnp.array([1.0, -2.0, 0.5])), (*one.valid.shape, 3))
+
+    def divergence(params):
+        y = jax.nn.log_softmax(learner.network.apply(params, one.observation)[1])
+        return jnp.sum(jnp.where(one.valid, jnp.sum(jnp.exp(y) * (y - aim), -1), 0)) / one.valid.sum()
+
+    new = jax.jit(aimed.update_agent)(state.params, agent, one)[0].params
+    step = jax.grad(divergence)(agent.params)
+    assert_close(new, jax.tree.map(lambda p, g: p - 0.3 * 0.7 * g, agent.params, step), rtol=1e-9, atol=1e-12)
+    assert optax.tree.norm(step) > 0.01
+
+
+def test_what_a_rule_is_told(float64):
+    """(r, d, gamma, pi(a|s), phi(y_t), phi(y_{t+1})), by a plain loop; nothing of the next state over an end."""
+    learner = learner_of("lpg", gamma=0.77)
+    state, _, batch = lived(learner)
+    agent, one = first(state.lives.agent), first(first(batch))
+    one = one._replace(terminated=jnp.array([[0, 1, 0, 0], [0, 0, 0, 0]], bool), valid=jnp.ones((2, 4), bool))
+    one = one._replace(truncated=jnp.zeros((2, 4), bool).at[:, 3].set(True))
+    rule, eta = learner.rule, state.params
+    policy, y = learner.network.apply(agent.params, one.observation)
+    y, p = np.asarray(jax.nn.softmax(y)), np.asarray(jax.nn.softmax(policy.logits))
+    actual = jax.jit(learner.targets)(eta, agent.params, one)
+
+    def phi(y):
+        return float(rule.embed.apply(eta["embed"], y)[0])
+
+    for k in range(2):
+        carry = jnp.zeros(rule.units)
+        for t in reversed(range(4)):
+            end = bool(one.terminated[k, t] | one.truncated[k, t])
+            carry = jnp.zeros(rule.units) if end else carry
+            after = 0.0 if end else phi(y[k, t + 1])
+            x = [one.reward[k, t], float(end), 0.77, p[k, t, one.action[k, t]], phi(y[k, t]), after]
+            carry, out = rule.backward.apply(eta["backward"], carry, jnp.array(x))
+            np.testing.assert_allclose(actual[0][k, t], out[0], rtol=1e-9)
+            np.testing.assert_allclose(actual[1][k, t], out[1:], rtol=1e-9)
+
+
 # --- the meta-gradient
 
 
@@ -209,6 +297,18 @@ def test_evolution_strategies_agree_with_the_gradient(float64):
     truth = ravel_pytree(jax.grad(lambda eta: jnp.sum((ravel_pytree(eta)[0] - goal) ** 2))(eta))[0]
     cosine = estimate @ truth / jnp.linalg.norm(estimate) / jnp.linalg.norm(truth)
     assert cosine > 0.99
+
+
+@pytest.mark.parametrize("outer", ["gradient", "es"])
+def test_a_rule_gets_better(outer):
+    """Of two actions one pays 1: who learns faster earns more, so the agents' learning rate has to grow."""
+    family = one_step(gymnax_spaces.Discrete(2), lambda hidden, action: 1.0 * action, episodes=1)
+    settings = {"hidden": [], "inner_steps": 2, "episodes": 8, "meta_batch": 400, "outer_entropy": 0.0, "lr": 0.05}
+    learner = build("meta_gradient", family, **settings, outer=outer, inner_lr=0.3, inner_optimizer="sgd", lifetime=2)
+    state = jax.jit(lambda key: learner.init(key, family))(jax.random.key(0))
+    new, metrics = update(learner, state, jax.random.key(1), family)
+    assert metrics["return_after"] > metrics["return_before"]
+    np.testing.assert_allclose(new.params["lr"] - state.params["lr"], 0.05, rtol=1e-3)  # Adam's first step
 
 
 class Episodes(NamedTuple):

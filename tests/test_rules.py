@@ -61,7 +61,6 @@ def test_what_the_gates_do(float64):
     params, first = with_gates(state.params, -5.0, 1.0), point(point(data, 0), 0)
     start = learner.inner.start(params)
     gradient = jax.grad(learner.inner.loss)(params, first)
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     for scale in (1.0, 0.5):
         new = learner.inner.step(start, first, scale).params
         for group in ("body", "head"):
@@ -69,6 +68,47 @@ def test_what_the_gates_do(float64):
                 lambda p, g, s=scale: sigmoid(1) * p - s * 2 * 0.1 * sigmoid(1) * g, params[group], gradient[group]
             )
             assert_close(new[group], expected, rtol=1e-12)
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def lstm(params: Any, carry: Any, x: Any) -> Any:
+    """Hochreiter and Schmidhuber 1997 with forget gates, written out: `(c, h)`, the output is h."""
+    c, h = carry
+
+    def gate(name):
+        return x @ params[f"i{name}"]["kernel"] + h @ params[f"h{name}"]["kernel"] + params[f"h{name}"]["bias"]
+
+    c = sigmoid(gate("f")) * c + sigmoid(gate("i")) * np.tanh(gate("g"))
+    return c, sigmoid(gate("o")) * np.tanh(c)
+
+
+@pytest.mark.parametrize("algo", LEARNED)
+def test_rules_remember(float64, algo):
+    """Three steps of one number against the networks written out: memory and gates go from step to step."""
+    rule = learner_of(algo).inner.rule
+    params = jax.tree.map(lambda x: np.asarray(1.5 * x + 0.2), rule.init(jax.random.key(0)))
+    weights, moving, lr = params["weights"]["params"], {"w": jnp.array([0.7])}, {"w": jnp.array([0.1])}
+    memory, theta, gates = rule.start(params, moving), 0.7, np.ones(2)
+    carries = [tuple(layer) for layer in params["start"]]
+    for gradient, loss in ((2.0, -1.0), (-0.3, 0.5), (0.004, 3.0)):
+        moving, memory = rule.step(params, memory, moving, {"w": jnp.array([gradient])}, jnp.array(loss), lr)
+        seen = np.asarray(rules.preprocess(jnp.array([gradient, loss])))
+        x = seen.ravel() if algo == "meta_lstm" else seen[0]
+        for i, carry in enumerate(carries):
+            carries[i] = lstm(weights[f"OptimizedLSTMCell_{i}"], carry, x)
+            x = carries[i][1]
+        if algo == "meta_lstm":
+            x = np.concatenate([x, [theta], gates])
+        z = x @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"]
+        if algo == "meta_lstm":
+            gates = np.array([sigmoid(z[0] + rules.OPEN), 2 * sigmoid(z[1])])
+            theta = gates[0] * theta - 0.1 * gates[1] * gradient
+        else:
+            theta -= 0.1 * z[0]
+        np.testing.assert_allclose(moving["w"], theta, rtol=1e-10)
 
 
 @pytest.mark.parametrize("discrete", [True, False], ids=["discrete", "continuous"])
