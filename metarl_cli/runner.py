@@ -124,8 +124,11 @@ def evaluate(run: Path, overrides: list[str]) -> Path:
         changed = [line for line in overrides if line.lstrip("+").startswith(("env", "algo."))]
         if not changed:
             raise
-        problem = "the learner was trained on tasks of another shape or with another network"
-        raise RunError(f"{', '.join(changed)}: {problem}, and its parameters do not fit. ({error})") from None
+        problem = f"{', '.join(changed)}: the learner was trained on tasks of another shape or with another network"
+        state = restore_rule(run, composed, learner, family)
+        if state is None:
+            raise RunError(f"{problem}, and its parameters do not fit. ({error})") from None
+        say(f"{problem}. Its learned rule is used, from a fresh initialisation of each seed.", console)
     with memory_errors(composed):
         evaluation.check(learner, state, family, config.eval, seed_list(config))
         result = evaluation.evaluate(learner, state, family, config.eval, seed_list(config))
@@ -739,14 +742,38 @@ def restore_learner(run: Path, composed: Composed, learner: MetaLearner, family:
     """
     import jax
 
-    from metarl_cli import checkpoint, training
+    from metarl_cli import training
 
     seeds = seed_list(composed.config)
     state = jax.eval_shape(lambda: training.init(learner, family, seeds))
-    learned = learner.learned(state.learner)
+    return _restore(run, composed, learner.learned(state.learner))
+
+
+def restore_rule(run: Path, composed: Composed, learner: MetaLearner, family: TaskFamily) -> Any:
+    """A learned rule as `restore_learner` has it, all else as it is before training; None where nothing is portable.
+
+    Raises:
+        Misfit: the rule itself was changed.
+    """
+    import jax
+
+    from metarl_cli import training
+
+    fresh = learner.learned(training.init(learner, family, seed_list(composed.config)).learner)
+    portable = learner.portable(fresh)
+    if portable is None:
+        return None
+    rule = _restore(run, composed, portable)
+    return jax.tree.map(lambda x, y: y if x is None else x, rule, fresh, is_leaf=lambda x: x is None)
+
+
+def _restore(run: Path, composed: Composed, learned: Any) -> Any:
+    """The leaves of `learned` from the checkpoint that `eval.checkpoint` names."""
+    from metarl_cli import checkpoint, training
+
     if composed.config.eval.checkpoint == "best":
         return checkpoint.restore(run, "best", Best(learned, None, None), part=True)[1].learner
-    nothing = training.TrainState(*[None] * len(state))._replace(learner=learned)  # type: ignore[arg-type]
+    nothing = training.TrainState(*[None] * len(training.TrainState._fields))._replace(learner=learned)  # type: ignore[arg-type]
     return checkpoint.restore(run, "last", Checkpoint(nothing, None), part=True)[1].train.learner
 
 

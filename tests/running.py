@@ -38,7 +38,7 @@ SMALL = {
     "algo.epochs": "2",
     "algo.hidden": "[8]",
     "algo.memory.features": "8",
-    "algo.lifetime": "3",
+    "algo.lifetime": "5",
     "algo.units": "4",
     "env.horizon": "6",
     "env.episodes": "2",

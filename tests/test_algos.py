@@ -26,7 +26,7 @@ SMALL = {
     "hidden": [3],
     "epochs": 2,
     "memory.features": 4,
-    "lifetime": 4,
+    "lifetime": 6,
     "units": 3,
 }
 SWITCHES = [(name, {}) for name in TRAINED] + [("maml", {"outer": "trpo"}), ("maml", {"outer": "vpg"})]

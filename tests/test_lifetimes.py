@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from probes import assert_close, build, eval_settings, finite_differences, one_step, update, walk
 from test_returns import loop_gae
 
+from metarl_cli import config, runner, training
 from metarl_cli.algos.lpg import LPG
 from metarl_cli.core.adapt import InnerLoop, policy_data
 from metarl_cli.core.returns import Normaliser
@@ -215,8 +216,9 @@ def test_what_a_rule_is_told(float64):
 @pytest.mark.parametrize("discrete", [True, False], ids=["discrete", "continuous"])
 @pytest.mark.parametrize("algo", ["meta_gradient", "lpg"])
 def test_meta_gradient_against_finite_differences(float64, algo, discrete):
-    """Through two updates; every meta-parameter has a gradient, and `remat` changes nothing."""
-    learner = learner_of(algo, discrete, inner_optimizer="sgd", inner_lr=0.1)
+    """Through two updates, of Adam and of plain gradient descent; every meta-parameter has a gradient, and `remat` changes
+    nothing."""
+    learner = learner_of(algo, discrete, inner_optimizer="adam" if discrete else "sgd", inner_lr=0.1)
     state, _, batch = lived(learner, discrete)
     flat, unravel = ravel_pytree(state.params)
 
@@ -365,3 +367,21 @@ def test_metarl_eval_takes_a_rule_to_another_family_and_network(tmp_path: Path) 
     curve = json.loads(file.read_text())["evaluation"]["test"]["curve"]
     assert [point["episodes"] for point in curve] == [0, 2, 4]
     assert running.metarl("eval", run, "algo.units=5") == 2  # of the rule itself
+
+
+@pytest.mark.slow
+def test_metarl_eval_takes_a_learned_inner_step_to_another_network(tmp_path: Path, capsys: Any) -> None:
+    """The rule is the one that was learned, and theta starts as it does before training."""
+    run = running.train(tmp_path / "run", running.small("meta_lstm", "bandit"))
+    assert running.metarl("eval", run, "env=two_step", "algo.hidden=[4]", "eval.tasks=3") == 0
+    assert "Its learned rule is used" in capsys.readouterr().out
+    composed = config.from_run(run, ["algo.hidden=[4]"], ("algo",))
+    learner, family = config.build(composed.config)
+    state = runner.restore_rule(run, composed, learner, family)
+    trained, fresh = runner.load(run).state, training.init(learner, family, [0, 1]).learner
+    assert_close(state.params["rule"], trained.params["rule"], rtol=0, atol=0)
+    assert np.any(ravel_pytree(fresh.params["rule"])[0] != ravel_pytree(trained.params["rule"])[0])
+    assert_close(
+        {"theta": [state.params[g] for g in ("body", "head")]}, {"theta": [fresh.params[g] for g in ("body", "head")]}
+    )
+    assert running.metarl("eval", run, "algo.rule_units=3") == 2  # of the rule itself

@@ -6,7 +6,7 @@ recurrent network with weights eta reads an episode backwards and says what to a
     theta' = theta + lr mean_t [ grad log pi(a_t|s_t) pi_hat_t - alpha_y grad KL(y(s_t) || y_hat_t) ]                     (1)
     (pi_hat_t, y_hat_t) = LPG_eta(r_t, d_t, gamma, pi(a_t|s_t), phi_eta(y(s_t)), phi_eta(y(s_{t+1})); later steps)
 
-phi has a hidden layer and one output. eta is learned (equation 4) for the return of the agents after N updates, with their
+phi has a hidden layer and one output. eta is learned (equations 3 and 4) for the return of the agents after N updates, with their
 entropy, and these regularisers, averaged over the updates:
 
     - beta_1 H(y(s_t)) + beta_2 pi_hat_t^2 + beta_3 |y_hat_t|^2,    the last of the network's output before its softmax
@@ -74,9 +74,11 @@ class LPGSettings(LifetimesSettings):
     units: int = setting("of the rule's recurrent network", unit="units", ge=1)
     embedding: int = setting("hidden units of what the rule makes of a prediction", unit="units", ge=1)
     prediction: float = setting("weight alpha_y of the predictions in an agent's update", ge=0)
-    prediction_entropy: float = setting("weight of the predictions' entropy in what the rule is learned for", ge=0)
-    policy_l2: float = setting("penalty on the square of policy targets", ge=0)
-    prediction_l2: float = setting("penalty on the square of prediction targets", ge=0)
+    prediction_entropy: float = setting(
+        "weight of the predictions' entropy in what the rule is learned for (gradient)", ge=0
+    )
+    policy_l2: float = setting("penalty on the square of policy targets (gradient)", ge=0)
+    prediction_l2: float = setting("penalty on the square of prediction targets (gradient)", ge=0)
 
     def build(self, family: TaskFamily) -> LPG:
         return LPG(

@@ -67,6 +67,12 @@ class GradientBased(MetaLearner):
     def learned(self, state: State) -> State:
         return state._replace(optimizer=None)
 
+    def portable(self, state: State) -> State | None:
+        """A learned rule: it runs for each number that adapts, however many there are."""
+        if state.params.get("rule") is None:
+            return None
+        return State({group: x if group == "rule" else None for group, x in state.params.items()}, None, None)  # type: ignore[arg-type]
+
     def plan(self, family: TaskFamily, settings: EvalSettings) -> Plan:
         """The test protocol of MAML's authors: 3 steps from 40 episodes each, alpha halved after the first.
 
@@ -207,6 +213,10 @@ class GradientBasedSettings(AlgoSettings):
 
     def shared(self, family: TaskFamily) -> dict[str, Any]:
         """The fields of `GradientBased`."""
+        learned = self.inner_optimizer in ("meta_lstm", "recurrent")
+        if learned and self.inner_steps == 0:
+            problem = "a learned inner_optimizer is learned through the inner steps, so there has to be one"
+            raise ConfigError("algo.inner_steps", 0, problem)
         spec = spaces(family)
         varies = jax.jit(known_tasks)(family)[2] if self.sees_task else jnp.zeros(0)
         told = tuple(jnp.flatnonzero(varies).tolist())

@@ -74,6 +74,10 @@ class MetaLearner(Learner):
     def learned(self, state: State) -> State:
         """The state with None for all that `trial` does not need: what is left fits every family that `trial` can meet."""
 
+    def portable(self, state: State) -> State | None:
+        """What of `learned` also fits other families and networks, with None for the rest, which can start afresh."""
+        return None
+
     @abstractmethod
     def update(self, state: State, key: Key, family: TaskFamily, progress: jax.Array) -> tuple[State, Metrics]:
         """One meta-iteration, pure. `progress` in [0, 1) is traced, for schedules.

@@ -155,7 +155,7 @@ class Lifetimes(MetaLearner):
         """Minus the gradient of the fitness, estimated from an antithetic pair for each agent.
 
         The two of a pair live through the same N updates with the same random numbers. Fitness is the mean return of all
-        their episodes, centred and scaled over all pairs, since returns have no common unit.
+        their episodes after the first update, centred and scaled over all pairs, since returns have no common unit.
         """
         flat, unravel = ravel_pytree(eta)
         key_noise, key_live = jax.random.split(key)
@@ -263,8 +263,8 @@ class LifetimesSettings(AlgoSettings):
     meta_batch: int = setting("agents B, each in a task of its own", unit="agents", ge=1)
     lr: float = setting("learning rate of Adam for the rule", gt=0)
     max_grad_norm: float = setting("global norm to which the meta-gradient is clipped", gt=0)
-    outer_gamma: float = setting("discount of what the rule is learned for", ge=0, le=1)
-    outer_entropy: float = setting("weight of the agents' entropy in what the rule is learned for", ge=0)
+    outer_gamma: float = setting("discount of what the rule is learned for (gradient)", ge=0, le=1)
+    outer_entropy: float = setting("weight of the agents' entropy in what the rule is learned for (gradient)", ge=0)
     sigma: float = setting("standard deviation of the perturbations (es)", gt=0)
     remat: bool = setting("the meta-gradient computes updates again instead of keeping them: less memory, more time")
     hidden: Widths = setting("widths of the agents' layers; none: linear, a table where states are one-hot", unit="units")
@@ -275,6 +275,9 @@ class LifetimesSettings(AlgoSettings):
 
     def shared(self, family: TaskFamily, outputs: int) -> dict[str, Any]:
         """The fields of `Lifetimes`; beside its policy an agent has so many `outputs`."""
+        if self.lifetime < self.inner_steps:
+            problem = f"must be at least the {self.inner_steps} updates of a meta-iteration (algo.inner_steps)"
+            raise ConfigError("algo.lifetime", self.lifetime, problem)
         task_batch = self.task_batch
         if task_batch is None:
             at_once = max(1, 2000 // (self.episodes * family.horizon))  # see GradientBasedSettings

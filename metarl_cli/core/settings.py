@@ -71,14 +71,18 @@ class AlgoSettings(Settings):
 
 
 class AdaptSettings(Settings):
-    """The test-time rule of gradient-based learners; others ignore it."""
+    """The test-time rule of gradient-based learners and of agents with a learned update; others ignore it."""
 
     steps: int | None = setting(
-        "adaptation steps; null: 3, on one-step families as many as in training; more where that splits the trial evenly",
+        "adaptation steps; null: 3, on one-step families as many as in training; more where that splits the trial evenly; "
+        "of agents with a learned update algo.lifetime",
         ge=0,
     )
-    episodes: int | None = setting("episodes per adaptation step; null: 40, on one-step families an even split", ge=1)
-    decay: float = setting("factor on the inner step after the first one", gt=0)
+    episodes: int | None = setting(
+        "episodes per adaptation step; null: 40, on one-step families an even split; with a learned update algo.episodes",
+        ge=1,
+    )
+    decay: float = setting("factor on the inner step after the first one; an agent with a learned update has none", gt=0)
 
 
 class EvalSettings(Settings):
