@@ -6,8 +6,8 @@ recurrent network with weights eta reads an episode backwards and says what to a
     theta' = theta + lr mean_t [ grad log pi(a_t|s_t) pi_hat_t - alpha_y grad KL(y(s_t) || y_hat_t) ]                     (1)
     (pi_hat_t, y_hat_t) = LPG_eta(r_t, d_t, gamma, pi(a_t|s_t), phi_eta(y(s_t)), phi_eta(y(s_{t+1})); later steps)
 
-phi has a hidden layer and one output. eta is learned (equations 3 and 4) for the return of the agents after N updates, with their
-entropy, and these regularisers, averaged over the updates:
+phi has a hidden layer and one output. eta is learned (equations 3 and 4) for the return of the agents after N updates, with
+their entropy, and these regularisers, averaged over the updates:
 
     - beta_1 H(y(s_t)) + beta_2 pi_hat_t^2 + beta_3 |y_hat_t|^2,    the last of the network's output before its softmax
 

@@ -7,9 +7,9 @@ the gradient through the update (equations 3 to 8):
     eta  <-  eta - eta_lr d/d eta L_out(theta'(eta)),    on fresh episodes, with a fixed discount                         (2)
 
 G are lambda-returns, `A = G - v`, standardised; both are constants for the agent, and depend on eta as the step does. gamma
-and lambda are sigmoids, beta and lr exponentials of what is learned: each stays where it has a meaning. The paper learns gamma
-and lambda alone (beta and lr: as in Zahavy et al. 2020), tells the value function gamma, and does not standardise. It has one
-long life; here several agents share eta, and with `meta_batch=1` there is one. It differentiates one update, as
+and lambda are sigmoids, beta and lr exponentials of what is learned: each stays where it has a meaning. The paper learns
+gamma and lambda alone (beta and lr: as in Zahavy et al. 2020), tells the value function gamma, and does not standardise. It
+has one long life; here several agents share eta, and with `meta_batch=1` there is one. It differentiates one update, as
 `inner_steps=1` does.
 """
 

@@ -73,9 +73,10 @@ class MetaLSTM(Rule):
 
         theta' = f theta - i grad L,    f = sigmoid(z_f),    i = 2 alpha sigmoid(z_i)
 
-    z comes from a common LSTM over the preprocessed gradient and loss, theta, and both gates of the step before (in the paper
-    each gate sees its own). The initial cell state is theta, as in MAML. In the paper i is within (0, 1); the steps of policy gradients need not be, so here it
-    is in units of alpha. Their gradient is a constant for the meta-gradient, here only with `first_order`.
+    z comes from a common LSTM over the preprocessed gradient and loss, theta, and both gates of the step before (in the
+    paper each gate sees its own). The initial cell state is theta, as in MAML. In the paper i is within (0, 1); the steps of
+    policy gradients need not be, so here it is in units of alpha. Their gradient is a constant for the meta-gradient, here
+    only with `first_order`.
     """
 
     units: int
@@ -107,9 +108,9 @@ class MetaLSTM(Rule):
 class Recurrent(Rule):
     """A recurrent network's output is the step (Andrychowicz et al. 2016, section 2.1): `theta' = theta - alpha m(grad L)`.
 
-    Two layers of LSTM, as in the paper, where theta is random; here it is learned, as in MAML. There the loss after each step
-    counts, here the one after the last. Nothing in a step depends on
-    the gradient's size: alpha is that of a step, 0.1 in the paper, and a tenth of it for a policy of thousands of numbers.
+    Two layers of LSTM, as in the paper, where theta is random; here it is learned, as in MAML. There the loss after each
+    step counts, here the one after the last. Nothing in a step depends on the gradient's size: alpha is that of a step, 0.1
+    in the paper, and a tenth of it for a policy of thousands of numbers.
     """
 
     units: int
