@@ -602,7 +602,11 @@ def _names_and_settings(command: str, words: list[str], keys: tuple[str, ...]) -
     for key in settings:
         if key not in keys:
             hint = _nearest(key, keys)
-            raise MetarlError(f"{key}={settings[key]}: metarl {command} has no such key: {', '.join(keys)}.{hint}")
+            raise MetarlError(
+                f"{key}={settings[key]}: there is no such key. Those of metarl {command}: {', '.join(keys)}.{hint}"
+            )
+        if not settings[key]:
+            raise MetarlError(f"{key}=: needs a value, or leave it out.")
     return [word for word in words if "=" not in word], settings
 
 

@@ -25,7 +25,7 @@ from metarl_cli import catalogue, config
 from metarl_cli.cli import main
 from metarl_cli.completion import candidates
 from metarl_cli.core.errors import MetarlError, RunError
-from metarl_cli.tables import records, reproduce, view
+from metarl_cli.tables import pages, records, reproduce, view
 from metarl_cli.tables.table import BUDGETS, PUBLISHED, Cell, Published, Rule, Source, Table, load, select
 
 NAMES = list(catalogue.tables())
@@ -264,7 +264,7 @@ def test_verdict(mean: float, target: Published | float | None, changes: dict[st
 
 def test_bold_is_what_is_not_significantly_worse(own: Table) -> None:
     """Standard error of the difference 0.1 * sqrt(2): one-sided, 0.234 is significant at 5 %."""
-    base = {"std": 1.0, "n_seeds": 1, "n_tasks": 100}
+    base = {"std": 1.0, "n_seeds": 5, "n_tasks": 100}  # seeds share their tasks: they are no more samples
     known = {
         Cell("short", "chance"): base | {"mean": 5.0},
         Cell("short", "misfit"): base | {"mean": 5.0 - 0.23},
@@ -372,6 +372,11 @@ def test_reproduce_records_and_never_runs_twice(ran: list[str], elsewhere: Path,
     ran.clear()
     assert main([*line, "budget=cpu", "seeds=2", "cells=rl2"]) == 0
     assert ran == [] and "Everything is recorded" in capsys.readouterr().out
+    # Fewer seeds do not take the place of more.
+    assert main([*line, "budget=cpu", "seeds=1", "cells=rl2"]) == 0 and ran == []
+    assert main([*line, "budget=cpu", "seeds=3", "cells=rl2"]) == 0
+    assert [command.split()[-1] for command in ran] == ["seeds=3"]
+    ran.clear()
     # Another budget is another command; a lesser one does not take its place.
     assert main([*line, "budget=full", "cells=rl2"]) == 0
     assert [command.split()[-2:] for command in ran] == [["iterations=9", "seeds=5"]]
@@ -381,6 +386,11 @@ def test_reproduce_records_and_never_runs_twice(ran: list[str], elsewhere: Path,
     # Smoke runs are kept apart.
     assert main([*line, "budget=smoke", "cells=chance"]) == 0
     assert Path("runs/tables_smoke/own/short.chance.json").exists()
+    # A report shows what its numbers were made from: one run of chance and the best, and RL^2 under its last budget.
+    shown = view.view("own", load("own", elsewhere / "mine"), [Cell("long", "rl2"), Cell("long", "chance")], None)
+    behind = [run.path.name for run in pages._behind(shown)]
+    assert len(behind) == 2 and sum(name.startswith("long.rl2-") for name in behind) == 1
+    assert len(list(Path("runs/tables/own/runs").glob("long.rl2-*"))) == 3
 
 
 def test_a_table_of_ones_own(ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,6 +404,7 @@ def test_a_table_of_ones_own(ran: list[str], capsys: pytest.CaptureFixture[str])
     text = printed("text")
     lines = {tuple(line.split()[:2]): line for line in text.splitlines() if line.startswith("n=")}
     assert lines["n=2", "chance"].split() == ["n=2", "chance", "1.00*", "[1.00,", "1.00]", "3.00", "-2.00", "worse"]
+    assert "Optimum: optimum (short, long)." in text
     assert "hardly trained" in text and "metarl train algo=rl2" in text and "30 s on 2 CPU cores, 2031-05-01" in text
     rows = json.loads(printed("json"))
     assert [row["cell"] for row in rows] == ["short.chance", "short.misfit", "long.chance", "long.rl2"]
@@ -419,6 +430,15 @@ def test_every_table_is_printed_in_every_format(name: str, capsys: pytest.Captur
             assert [row["cell"] for row in json.loads(out)] == list(map(str, cells))  # no cell is hidden
     assert main(["table"]) == 0
     assert name in capsys.readouterr().out
+
+
+def test_the_best_known_optimum_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """The exact one comes before the Gittins index, and says which it is and what made it."""
+    assert main(["table", "rl2_bandits", "--format", "json", "--records", str(records.RECORDED)]) == 0
+    source = {row["cell"]: row["optimum_from"] for row in json.loads(capsys.readouterr().out)}
+    assert source["n10k5.ucb1"] == "optimum" and source["n100k5.ucb1"] == "gittins"
+    assert main(["table", "rl2_bandits", "cells=n10k5.ucb1", "--records", str(records.RECORDED)]) == 0
+    assert "n10k5.optimum: metarl eval algo=random" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -452,6 +472,7 @@ def test_stopped_and_continued(own: Table, elsewhere: Path, capsys: pytest.Captu
     assert "1 of 3 commands to run, for 1 cells" in process.stdout
     record = records.read(Path("runs/tables_smoke"), "own")[Cell("long", "rl2")]
     assert record["n_seeds"] == 2 and 0 <= record["mean"] <= 4
+    assert len(list((elsewhere / run).parent.glob("*.log"))) == 4  # of each command its own
     iterations = [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
     assert iterations == list(range(1, done + 51))  # resumed, not started anew
     assert os.stat(records.RECORDED).st_mtime == before and ROOT not in elsewhere.parents
@@ -467,11 +488,14 @@ def test_stopped_and_continued(own: Table, elsewhere: Path, capsys: pytest.Captu
         ("table rl2_bandits --format html", ["--format=html: there is no such format: text, markdown", "csv, json"]),
         ("table rl2_bandits cells=n10k6", ["cells=n10k6: is no row, column or cell", "Did you mean n10k5?"]),
         ("table rl2_bandits cells=n10k5.ucb2", ["Did you mean n10k5.ucb1?"]),
-        ("table rl2_bandits budget=cpu", ["budget=cpu: metarl table has no such key: cells"]),
+        ("table rl2_bandits budget=cpu", ["budget=cpu: there is no such key. Those of metarl table: cells"]),
+        ("table rl2_bandits cells=", ["cells=: needs a value"]),
+        ("table rl2_bandits cells=optimum", ["cells=n10k5.optimum", "stands beside the other columns", "gittins"]),
+        ("reproduce rl2_bandits budget=cpu cells=n100k50.rl2", ["budget=cpu: has none of these cells", "gpu, full"]),
         ("reproduce", ["name one table"]),
         ("reproduce own budget=large --config-dir mine", ["budget=large: there is no such budget", "smoke, cpu, gpu, full"]),
         ("reproduce own seeds=0 --config-dir mine", ["seeds=0: must be an integer >= 1"]),
-        ("reproduce own seed=1 --config-dir mine", ["seed=1: metarl reproduce has no such key", "Did you mean seeds?"]),
+        ("reproduce own seed=1 --config-dir mine", ["seed=1: there is no such key", "Did you mean seeds?"]),
     ],
 )
 def test_mistakes(line: str, fragments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -319,6 +319,7 @@ class Curve(NamedTuple):
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    place: int | None = None  # of its colour; None: as it comes
 
 
 @_styled
@@ -334,6 +335,7 @@ def curves(
     figure = _figure(COLUMN, 2.6)
     axes = figure.add_subplot()
     for i, line in enumerate(lines):
+        i = i if line.place is None else line.place
         colour, dash = CYCLE[i % len(CYCLE)], "-" if i < len(CYCLE) else _DASHES[i % len(_DASHES)]
         marker = _MARKERS[i % len(_MARKERS)] if len(line.x) <= 12 else None
         label = plain_text(line.label)

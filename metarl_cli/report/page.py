@@ -11,7 +11,7 @@ import html
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from metarl_cli.core.statistics import performance_profile, probability_of_impro
 from metarl_cli.logs import clock, count
 from metarl_cli.report import figures, runs
 from metarl_cli.report.figures import Curve
-from metarl_cli.report.runs import Group, Run
+from metarl_cli.report.runs import Group, Learner, Run
 
 PAIRS = 8  # comparisons in one figure
 THRESHOLDS = 60  # of a performance profile
@@ -108,7 +108,7 @@ def _group(group: Group) -> str:
     else:
         parts.append("<p>None of these runs has been evaluated yet.</p>")
     shown = []
-    lines = _present(runs.adaptation(learner) for learner in group.learners)
+    lines = _lines(runs.adaptation, group)
     if lines:
         spans = [line.x[-1] for line in lines if line.x[-1] > 0]
         log = bool(spans) and max(spans) > 10 * min(spans)
@@ -118,13 +118,13 @@ def _group(group: Group) -> str:
                 figure, "adaptation", f"Adaptation in new tasks of {group.env}: mean and 95 % interval over {_over(group)}."
             )
         )
-    lines = _present(runs.regret(learner) for learner in group.learners)
+    lines = _lines(runs.regret, group)
     if lines:
         best = group.optimum.get("regret")
         references = {} if best is None else {"Bayes-optimal, at the end": best}
         figure = figures.curves(lines, "experience in the new task (episodes)", "cumulative regret", references)
         shown.append(_figure(figure, "regret", f"Regret so far in new tasks of {group.env}, in expectation; 95 % interval."))
-    lines = _present(runs.training(learner) for learner in group.learners)
+    lines = _lines(runs.training, group)
     if lines:
         scale = max(line.x[-1] for line in lines)
         unit = next(
@@ -137,14 +137,16 @@ def _group(group: Group) -> str:
     if len(scores) > 1:
         shown.append(_improvement(what, scores))
     if scores:
-        shown.append(_profile(what, scores))
+        shown.append(_profile(what, scores, [learner.label for learner in group.learners]))
     parts.append(f'<div class="figures">{"".join(shown)}</div>')
     parts.append(_trajectories(group))
     return "\n".join(filter(None, parts))
 
 
-def _present(lines: Iterable[Curve | None]) -> list[Curve]:
-    return [line for line in lines if line is not None]
+def _lines(draw: Callable[[Learner], Curve | None], group: Group) -> list[Curve]:
+    """Of the learners that have one; a learner has the same colour in all figures of the group."""
+    lines = [(i, draw(learner)) for i, learner in enumerate(group.learners)]
+    return [line._replace(place=i) for i, line in lines if line is not None]
 
 
 def _over(group: Group) -> str:
@@ -185,7 +187,7 @@ def _results(group: Group, what: str, scores: dict[str, np.ndarray]) -> str:
     note = f"<p>{text(what[0].upper() + what[1:])}."
     if best:
         note += f" The best possible is {best['value']:.2f} ({text(best['method'])}), chance {best['random']:.2f}:"
-        note += " the share is 0 for chance and 100 % for the best."
+        note += " the share is 0 for chance and 100 % for the best; who is told the task can exceed it, and so can luck."
     return _table(head, rows) + note + "</p>"
 
 
@@ -203,7 +205,7 @@ def _improvement(what: str, scores: dict[str, np.ndarray]) -> str:
     return _figure(figures.improvements(pairs), "improvement", caption)
 
 
-def _profile(what: str, scores: dict[str, np.ndarray]) -> str:
+def _profile(what: str, scores: dict[str, np.ndarray], labels: list[str]) -> str:
     every = np.concatenate([x.ravel() for x in scores.values()])
     low, high = np.quantile(every, (0.001, 0.999))
     margin = 0.02 * (high - low) or 1.0
@@ -211,7 +213,7 @@ def _profile(what: str, scores: dict[str, np.ndarray]) -> str:
     lines = []
     for label, values in scores.items():
         share, below, above = performance_profile(values[:, :: max(1, values.shape[1] // 2000)], thresholds)
-        lines.append(Curve(label, thresholds, share, below, above))
+        lines.append(Curve(label, thresholds, share, below, above, labels.index(label)))
     figure = figures.curves(lines, what, "share of seeds and tasks above it")
     return _figure(
         figure, "profile", "Performance profiles: the share of all seeds and tasks that end above a value; 95 % interval."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from pathlib import Path
 
 from metarl_cli import catalogue
@@ -11,6 +12,7 @@ from metarl_cli.report import page, runs
 from metarl_cli.report.runs import Run
 from metarl_cli.runner import now
 from metarl_cli.tables import records, view
+from metarl_cli.tables.reproduce import digest
 from metarl_cli.tables.table import load
 
 
@@ -28,8 +30,7 @@ def write(words: list[str], output: Path, config_dir: Path | None = None) -> Non
             table = load(word, config_dir)
             shown = view.view(word, table, table.cells(), None)
             tables.append(_table(shown))
-            behind = records.OWN / word / "runs"
-            some = runs.find(behind) if shown.origin != view.RECORDED and behind.is_dir() else []
+            some = _behind(shown)
         elif path.exists():
             some = runs.find(path)
         else:
@@ -43,6 +44,15 @@ def write(words: list[str], output: Path, config_dir: Path | None = None) -> Non
         raise MetarlError(f"{output} cannot be written: {error.strerror}. Take another file with -o.") from error
 
 
+def _behind(shown: view.View) -> list[Run]:
+    """The runs that the records of one's own were made from, not those of earlier settings or other budgets."""
+    folder = records.OWN / shown.name / "runs"
+    if shown.origin == view.RECORDED or not folder.is_dir():
+        return []
+    made_by = {digest(shlex.split(line.record["command"])[1:]) for line in shown.lines if line.record is not None}
+    return [run for run in runs.find(folder) if run.path.name.rpartition("-")[2] in made_by]
+
+
 def _table(shown: view.View) -> page.Table:
     rows: list[list[page.Cell]] = []
     for line in shown.lines:
@@ -52,4 +62,7 @@ def _table(shown: view.View) -> page.Table:
         row[-1] = (line.verdict, line.verdict.replace(" ", "-"))
         rows.append(row)
     title = f"{shown.table.title}: {shown.table.quantity}"
-    return page.Table(title, view.header(shown), rows, view.explanation(shown))
+    below = view.explanation(shown)
+    if shown.origin == view.RECORDED:
+        below.append(f"Curves and costs stand here once there are runs of your own: metarl reproduce {shown.name}")
+    return page.Table(title, view.header(shown), rows, below)

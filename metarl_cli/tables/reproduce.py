@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from metarl_cli.core.errors import MetarlError
+from metarl_cli.core.errors import ConfigError, MetarlError
 from metarl_cli.logs import clock, live, say
 from metarl_cli.runner import SCHEMA_VERSION
 from metarl_cli.tables import records
@@ -70,6 +70,7 @@ def reproduce(
         folder: of the records; None: runs/tables, of a smoke run runs/tables_smoke.
 
     Raises:
+        ConfigError: the budget has none of the cells.
         Failed: a command failed; all others ran.
         Stopped: by a signal.
     """
@@ -79,6 +80,9 @@ def reproduce(
     todo = jobs(name, table, select(table, words), budget, seeds, folder)
     chosen = select(table, words)
     left_out = [cell for cell in chosen if table.command(cell, budget, seeds) is None]
+    if not todo:
+        has = [b for b in BUDGETS if any(table.command(cell, b, seeds) is not None for cell in chosen)]
+        raise ConfigError("budget", budget, "has none of these cells", allowed=has)
     waiting = [job for job in todo if job.wanted]
     shown_by = f"metarl table {name}" + ("" if folder == records.OWN else f" --records {folder}")
     cells = sum(len(job.cells) for job in waiting)
@@ -125,13 +129,22 @@ def jobs(name: str, table: Table, chosen: list[Cell], budget: Budget, seeds: int
     known = records.read(folder, name)
 
     def missing(cell: Cell, command: Lines) -> bool:
+        """A record is not replaced by one of a lesser budget, or of the same command with fewer seeds."""
         if cell not in known:
             return True
-        larger = BUDGETS.index(known[cell]["budget"]) > BUDGETS.index(budget)  # it is not replaced by a lesser one
-        return known[cell]["command"] != printed(command) and not larger
+        recorded, count = _seeds(shlex.split(known[cell]["command"])[1:])
+        asked, wanted = _seeds(command)
+        if recorded == asked:
+            return wanted > count
+        return BUDGETS.index(known[cell]["budget"]) <= BUDGETS.index(budget)
 
     return [
-        Job(command, cells, run_directory(name, command, cells), any(c in chosen and missing(c, command) for c in cells))
+        Job(
+            command,
+            cells,
+            run_directory(name, command, cells, budget),
+            any(c in chosen and missing(c, command) for c in cells),
+        )
         for command, cells in commands.items()
         if set(cells) & set(chosen)
     ]
@@ -142,10 +155,20 @@ def printed(command: Lines) -> str:
     return shlex.join(["metarl", *command])
 
 
-def run_directory(name: str, command: Lines, cells: list[Cell]) -> Path:
+def run_directory(name: str, command: Lines, cells: list[Cell], budget: Budget) -> Path:
     """Of one command, always the same: so an interrupted run is found again, and never that of another command."""
-    digest = hashlib.sha256("\n".join(command).encode()).hexdigest()[:8]
-    return records.OWN / name / "runs" / f"{cells[0]}-{digest}"
+    return smoke_folder(budget) / name / "runs" / f"{cells[0]}-{digest(command)}"
+
+
+def digest(command: Sequence[str]) -> str:
+    """What the name of a command's run directory ends with."""
+    return hashlib.sha256("\n".join(command).encode()).hexdigest()[:8]
+
+
+def _seeds(command: Sequence[str]) -> tuple[list[str], int]:
+    """A command without its `seeds=`, and how many those are."""
+    seeds = [int(line.removeprefix("seeds=")) for line in command if line.startswith("seeds=")]
+    return [line for line in command if not line.startswith("seeds=")], seeds[-1] if seeds else 1
 
 
 def _run(job: Job, config_dir: Path | None, watch: Watch, received: list[int]) -> str | None:
@@ -160,7 +183,7 @@ def _run(job: Job, config_dir: Path | None, watch: Watch, received: list[int]) -
         words = ["resume", str(job.run)]
     elif job.run.exists():
         shutil.rmtree(job.run)  # ours: it diverged, or it was an evaluation, which starts anew
-    log = job.run.with_suffix(".log")
+    log = job.run.with_name(f"{job.run.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
         # Its own session: a Ctrl-C of the terminal reaches this process, which passes it on.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.statistics import welch
 from metarl_cli.logs import plain
 from metarl_cli.tables import records
@@ -31,6 +32,7 @@ class Line(NamedTuple):
     published: Published | None
     record: records.Record | None  # with a number, or None
     optimum: float | None
+    optimum_from: Cell | None
     difference: float | None  # from what the verdict compares with
     verdict: Verdict  # empty where there is nothing to compare with
     bold: bool
@@ -42,6 +44,7 @@ class View(NamedTuple):
     table: Table
     lines: list[Line]
     origin: str  # whose runs
+    optima: dict[Cell, records.Record]  # where the column of the optimum is from
 
 
 def view(name: str, table: Table, chosen: list[Cell], folder: Path | None) -> View:
@@ -49,6 +52,9 @@ def view(name: str, table: Table, chosen: list[Cell], folder: Path | None) -> Vi
 
     Args:
         folder: of the records; None: the user's own if there are any, else those that come with metarl.
+
+    Raises:
+        ConfigError: of all cells only the optimum was chosen.
     """
     if folder is None:
         own = any((records.OWN / name).glob("*.json"))
@@ -63,7 +69,8 @@ def view(name: str, table: Table, chosen: list[Cell], folder: Path | None) -> Vi
         if column.reads.startswith("best_"):
             continue  # the optimum of every line
         record, published = known.get(cell), table.published(cell)
-        best = next((known[Cell(cell.row, c)]["mean"] for c in table.optimum if Cell(cell.row, c) in known), None)
+        source = next((Cell(cell.row, c) for c in table.optimum if Cell(cell.row, c) in known), None)
+        best = known[source]["mean"] if source else None
         target = best if column.against == "optimum" else published.value if published else None
         difference, verdict = None, "not run"
         if record is not None:
@@ -77,13 +84,19 @@ def view(name: str, table: Table, chosen: list[Cell], folder: Path | None) -> Vi
                 published,
                 record,
                 best,
+                source,
                 difference,
                 verdict,
                 record is not None and is_bold(cell, known, table),
                 table.note(cell),
             )
         )
-    return View(name, table, lines, origin)
+    if not lines:
+        problem = "the optimum stands beside the other columns, and is none of its own"
+        others = [key for key, column in table.columns.items() if not column.reads.startswith("best_")]
+        raise ConfigError("cells", ",".join(map(str, chosen)), problem, allowed=[*table.rows, *others])
+    optima = {line.optimum_from: known[line.optimum_from] for line in lines if line.optimum_from}
+    return View(name, table, lines, origin, optima)
 
 
 def judge(record: records.Record, target: Published | float | None, rule: Rule) -> Verdict:
@@ -117,7 +130,8 @@ def is_bold(cell: Cell, known: dict[Cell, records.Record], table: Table) -> bool
     sign = 1 if table.rule.better == "higher" else -1
 
     def sample(record: records.Record) -> tuple[float, float, int]:
-        return sign * record["mean"], record["std"], record["n_seeds"] * record["n_tasks"]
+        # Seeds share their tasks, so they are no further samples; the authors test the tasks of one seed.
+        return sign * record["mean"], record["std"], record["n_tasks"]
 
     best = max(row.values(), key=lambda record: sign * record["mean"])
     return welch(sample(best), sample(row[cell.column])) >= table.rule.welch
@@ -242,6 +256,7 @@ def as_rows(shown: View) -> list[dict[str, Any]]:
                 "best_seed": best.get("seed"),
                 "best_seed_mean": best.get("mean"),
                 "optimum": line.optimum,
+                "optimum_from": line.optimum_from and line.optimum_from.column,
                 "difference": line.difference,
                 "verdict": line.verdict,
                 "bold": line.bold,
@@ -263,7 +278,7 @@ def as_json(shown: View) -> str:
 def as_csv(shown: View) -> str:
     rows = as_rows(shown)
     output = io.StringIO()
-    writer = csv.DictWriter(output, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(output, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: json.dumps(x) if isinstance(x, dict) else x for key, x in row.items()} for row in rows)
     return output.getvalue()
@@ -295,12 +310,21 @@ def explanation(shown: View) -> list[str]:
     if rule.tasks:
         how.append(f"(without one: that of a mean over {rule.tasks} tasks; and half a unit of the last digit)")
     if rule.relative or rule.absolute:
-        how.append(f"or the optimum within {100 * rule.relative:g} % or {rule.absolute:g}, where it is compared with that")
+        margins = [f"{100 * rule.relative:g} %"] * (rule.relative > 0) + [f"{rule.absolute:g}"] * (rule.absolute > 0)
+        how.append(f"or the optimum within {' or '.join(margins)}, where it is compared with that")
     found.append(" ".join(how) + ".")
     if rule.welch and any(line.bold for line in shown.lines):
-        found.append(f"Bold (*): the best of its row or not significantly worse (one-sided Welch test, p = {rule.welch:g}).")
+        found.append(
+            "Bold (* in text): the best of its row or not significantly worse (one-sided Welch test over tasks, "
+            f"p = {rule.welch:g})."
+        )
     found.append(f"Paper: {table.paper}.")
     found.append(f"Protocol: {table.protocol}")
+    best: dict[str, list[str]] = {}
+    for cell in shown.optima:
+        best.setdefault(table.columns[cell.column].label, []).append(cell.row)
+    if best:
+        found.append("Optimum: " + "; ".join(f"{label} ({', '.join(rows)})" for label, rows in best.items()) + ".")
     notes: dict[str, list[str]] = {}
     for line in shown.lines:
         if line.note:
@@ -308,19 +332,17 @@ def explanation(shown: View) -> list[str]:
     found += [f"Note on {', '.join(names)}: {note}" for note, names in notes.items()]
     sources = dict.fromkeys(line.published.source for line in shown.lines if line.published)
     found += [f"Published: {source}." for source in sources]
-    commands: dict[tuple[str, ...], list[Line]] = {}
-    for line in shown.lines:
-        if line.record is not None:
-            commands.setdefault((line.record["command"], where(line.record)), []).append(line)
-    for (command, place), lines in commands.items():
-        found.append(f"{', '.join(map(_with_choice, lines))}: {command} ({place})")
-    return found
+    commands: dict[tuple[str, ...], list[str]] = {}
+    for cell, record in ({line.cell: line.record for line in shown.lines} | shown.optima).items():
+        if record is not None:
+            commands.setdefault((record["command"], where(record)), []).append(_with_choice(cell, record))
+    return found + [f"{', '.join(names)}: {command} ({place})" for (command, place), names in commands.items()]
 
 
-def _with_choice(line: Line) -> str:
+def _with_choice(cell: Cell, record: records.Record) -> str:
     """`n10k5.ucb1 (algo.c=0.2)`."""
-    chosen = line.record and line.record["chosen"]
-    return str(line.cell) + (f" ({', '.join(f'{key}={x:g}' for key, x in chosen.items())})" if chosen else "")
+    chosen = record["chosen"]
+    return str(cell) + (f" ({', '.join(f'{key}={x:g}' for key, x in chosen.items())})" if chosen else "")
 
 
 def where(record: records.Record) -> str:
@@ -328,6 +350,7 @@ def where(record: records.Record) -> str:
     device, versions = record["device"], record["versions"]
     failed = f", of which diverged: {', '.join(map(str, record['failed_seeds']))}" if record["failed_seeds"] else ""
     seeds = f"{record['n_seeds']} seeds{failed}, " if record["n_seeds"] > 1 else ""
-    on = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
+    cores = f"{device['cores']} CPU core{'s' if device['cores'] > 1 else ''}"
+    on = cores if device["platform"] == "cpu" else device["kind"]
     made_by = f"metarl {versions['metarl']}, jax {versions['jax']}"
     return f"{seeds}{record['seconds']:.0f} s on {on}, {record['date'][:10]}, {made_by}"
