@@ -332,6 +332,23 @@ def test_reinforce_is_the_gradient_of_the_return(float64):
     assert optax.tree.norm(exact) > 0.05
 
 
+def test_reinforce_with_a_critic(float64):
+    """Advantages are the rest of the trial's return over the value, whatever lambda is; the critic learns that return."""
+    learner = build("rl2", hidden_bit(), outer="reinforce", critic="separate", gamma=1.0, lam=0.3, memory__features=3)
+    state = learner.init(jax.random.key(0), hidden_bit())
+    state = state._replace(params=random_like(state.params))
+    reward, value, zero = jnp.array([[1.0, -1.0], [0.1, 1.0]]), jnp.array([[0.3, -0.2], [0.5, 0.4]]), jnp.zeros((2, 2))
+    yes, action = jnp.ones((2, 2), bool), jnp.array([[0, 1], [2, 1]])
+    data = learner.data(state, Batch(jnp.ones((2, 2, 1)), action, reward, ~yes, yes, yes, None, (zero, value)))
+    left = np.array([[0.0, -1.0], [1.1, 1.0]])
+    np.testing.assert_allclose(data.advantage, left - value, atol=1e-12)
+    np.testing.assert_allclose(data.target, left, atol=1e-12)
+    policy, predicted = learner.sequence(state.params, data.x)
+    loss, _ = learner.loss(state.params, data, 0.0)
+    expected = -np.mean(policy.log_prob(action) * (left - value)) + learner.value * np.mean((predicted - left) ** 2) / 2
+    np.testing.assert_allclose(loss, expected, rtol=1e-10)
+
+
 def test_clip_of_each_number(float64):
     learner, state, _, data, _ = lived(True)
     learner = dataclasses.replace(learner, max_grad_norm=None, max_grad=1e-3, epochs=1, minibatches=1)
