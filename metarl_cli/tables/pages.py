@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from pathlib import Path
+from typing import Any
 
 from metarl_cli import catalogue
 from metarl_cli.core.errors import MetarlError, RunError
@@ -60,9 +61,14 @@ def _table(shown: view.View) -> page.Table:
         if line.bold:
             row[3] = (view.cells(shown, line)[3], "strong")
         row[-1] = (line.verdict, line.verdict.replace(" ", "-"))
-        rows.append(row)
+        rows.append(_verdict_early(row))
     title = f"{shown.table.title}: {shown.table.quantity}"
     below = view.explanation(shown)
     if shown.origin == view.RECORDED:
         below.append(f"Curves and costs stand here once there are runs of your own: metarl reproduce {shown.name}")
-    return page.Table(title, view.header(shown), rows, below)
+    return page.Table(title, _verdict_early(view.header(shown)), rows, below)
+
+
+def _verdict_early(row: list[Any]) -> list[Any]:
+    """The last column beside ours, where it is seen on a phone without scrolling."""
+    return [*row[:4], row[-1], *row[4:-1]]
