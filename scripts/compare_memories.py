@@ -43,7 +43,7 @@ def t_maze(length: int) -> Family:
     return Family(f"T-maze of {length} steps", [*overrides, "algo.gamma=0.99", "algo.lam=0.95"], 4.5)
 
 
-# As cells=n100k5 of `metarl reproduce rl2_bandits`: with less exploration, or lambda = 0.3, the policies soon stop to explore.
+# As cells=n100k5 of `metarl reproduce rl2_bandits`: with less entropy, or lambda = 0.3, the policies soon stop to explore.
 BANDIT = ["env=bandit", "env.n=100", "env.k=5", "algo.meta_batch=256", "algo.lr=2e-3", "algo.lam=0.95", "algo.entropy=0.02"]
 BANDIT += ["algo.sees_time=true", "algo.normalize_rewards=true"]
 
