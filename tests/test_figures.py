@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -81,12 +81,19 @@ def navigation(tasks: int) -> Figure:
     return figures.trajectories(family, [SimpleNamespace(goal=g) for g in goals], batches, ["before", "after 3 steps"])
 
 
+PAIRS = [
+    figures.Pair("RL^2", (6.7, 6.6, 6.8), (6.7, 0.0)),
+    figures.Pair("SNAIL", None, (6.6, 0.1)),
+    figures.Pair("a learner of nobody's_paper", (5.0, 4.9, 5.1), None),
+]
+
 MAKERS = {
     "learning": lambda: figures.learning_curve(metrics(100, 5)),
     "learning of many iterations": lambda: figures.learning_curve(metrics(3000, 1)),
     "adaptation": lambda: figures.adaptation_curve(curve(4), "maml", {"oracle": -3.2, "random": -45.0}),
     "adaptation of many points": lambda: figures.adaptation_curve(curve(500, episodes=1), "rl2"),
     "trajectories": lambda: navigation(4),
+    "a row of a table": lambda: figures.published_and_ours(PAIRS, "total reward; n=10, k=5", 6.71),
 }
 
 
@@ -244,6 +251,30 @@ def test_panels_without_equal_aspect_keep_their_limits():
     assert axes.get_ylim() == (0, 1)
     assert axes.get_ylabel() == "before\nprobability"
     assert not figure.legends
+
+
+# --- paper tables
+
+
+def test_each_learner_has_its_number_and_the_published_one():
+    figure = figures.published_and_ours(PAIRS, "total reward", 6.71)
+    (axes,) = figure.axes
+    assert texts(figure) == ["optimum", "ours", "published"]
+    assert [label.get_text().strip() for label in axes.get_yticklabels()] == [pair.label for pair in PAIRS]
+    at = dict(zip([pair.label for pair in PAIRS], axes.get_yticks(), strict=True))
+    means, means_at = line(axes, "ours")
+    assert means.tolist() == [6.7, 5.0]
+    np.testing.assert_allclose(means_at, [at["RL^2"], at["a learner of nobody's_paper"]], atol=0.2)
+    values, values_at = line(axes, "published")
+    assert values.tolist() == [6.7, 6.6]
+    np.testing.assert_allclose(values_at, [at["RL^2"], at["SNAIL"]], atol=0.2)
+    intervals = [c.get_segments() for c in axes.collections if isinstance(c, LineCollection)]
+    np.testing.assert_allclose(np.array(intervals)[..., 0], [[[6.6, 6.8], [4.9, 5.1]], [[6.7, 6.7], [6.5, 6.7]]])
+    assert line(axes, "optimum")[0].tolist() == [6.71, 6.71]
+
+
+def test_nothing_published_and_no_optimum():
+    assert texts(figures.published_and_ours(PAIRS[2:], "total reward", None)) == ["ours"]
 
 
 # --- files and style

@@ -379,6 +379,42 @@ def improvements(pairs: Sequence[tuple[str, str, float, float, float]]) -> Figur
     return figure
 
 
+class Pair(NamedTuple):
+    """What one learner reached in a row of a paper's table; at least one of the two is known."""
+
+    label: str
+    ours: tuple[float, float, float] | None  # mean, and its interval
+    published: tuple[float, float] | None  # the number, and half the width of its interval; 0: none was printed
+
+
+@_styled
+def published_and_ours(pairs: Sequence[Pair], xlabel: str, optimum: float | None) -> Figure:
+    """A row of a paper's table: of each learner our mean with its 95 % interval, and below it what was published."""
+    figure = _figure(COLUMN, 0.8 + 0.24 * len(pairs))
+    axes = figure.add_subplot()
+    place = np.arange(len(pairs))[::-1]
+    if optimum is not None:
+        axes.axvline(optimum, color=GREY, linewidth=0.9, linestyle="--", label="optimum", zorder=1.5)
+    ours = [(at + 0.13, *pair.ours) for at, pair in zip(place, pairs, strict=True) if pair.ours]
+    if ours:
+        at, mean, low, high = np.array(ours).T
+        axes.hlines(at, low, high, color=BLUE, linewidth=1.4)
+        axes.plot(mean, at, "o", color=BLUE, markersize=3.5, linestyle="none", label="ours", zorder=3)
+    published = [(at - 0.17, *pair.published) for at, pair in zip(place, pairs, strict=True) if pair.published]
+    if published:
+        at, value, half = np.array(published).T
+        axes.hlines(at, value - half, value + half, color=CYCLE[1], linewidth=0.9)
+        style: Any = {"color": CYCLE[1], "markerfacecolor": "white", "markersize": 4, "linestyle": "none"}
+        axes.plot(value, at, "D", **style, label="published", zorder=3)
+    axes.set_yticks(place, [plain_text(pair.label, 28) for pair in pairs])
+    axes.set(ylim=(-0.6, len(pairs) - 0.4), xlabel=xlabel)
+    axes.margins(x=0.06)
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    _legend(figure, [axes], columns=3)
+    return figure
+
+
 def plain_text(label: str, width: int = 44) -> str:
     """A label as it is: no mathematics between dollars, no hiding behind an underscore, no line breaks, not too long."""
     text = "".join(x if x.isprintable() else " " for x in label)

@@ -20,7 +20,7 @@ import numpy as np
 from metarl_cli.core.statistics import performance_profile, probability_of_improvement, summarise
 from metarl_cli.logs import clock, count
 from metarl_cli.report import figures, runs
-from metarl_cli.report.figures import Curve
+from metarl_cli.report.figures import Curve, Pair
 from metarl_cli.report.runs import Group, Learner, Run
 
 PAIRS = 8  # comparisons in one figure
@@ -31,13 +31,24 @@ LARGEST = 250_000  # bytes of trajectories in a page: those of further learners 
 Cell = str | tuple[str, str]  # text, or text and a class of it
 
 
-class Table(NamedTuple):
-    """A paper's table as text."""
+class Row(NamedTuple):
+    """A row of a paper's table to be drawn."""
 
+    label: str
+    pairs: list[Pair]
+    optimum: float | None
+
+
+class Table(NamedTuple):
+    """A paper's table as text, and its rows to be drawn."""
+
+    name: str
     title: str
+    quantity: str
     columns: list[str]
     rows: list[list[Cell]]
     explanation: list[str]
+    drawn: list[Row]
 
 
 def write(file: Path, title: str, found: list[Run], tables: Sequence[Table], date: str) -> None:
@@ -69,7 +80,18 @@ def _paper_table(table: Table) -> str:
     below = "".join(f"<li>{_code(line)}</li>" for line in table.explanation)
     summary = "<summary>How to read it, and where it comes from</summary>"
     numbers = _table(table.columns, table.rows)
-    return f"<h2>{text(table.title)}</h2>{numbers}<details open>{summary}<ul>{below}</ul></details>"
+    images = "".join(
+        _figure(
+            figures.published_and_ours(row.pairs, f"{table.quantity}; {row.label}", row.optimum),
+            f"{table.name}_{row.label}",
+            f"{row.label}: published and ours with 95 % intervals",
+        )
+        for row in table.drawn
+    )
+    return (
+        f"<h2>{text(f'{table.title}: {table.quantity}')}</h2>{numbers}"
+        f'<div class="figures">{images}</div><details open>{summary}<ul>{below}</ul></details>'
+    )
 
 
 def _code(line: str) -> str:

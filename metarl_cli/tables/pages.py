@@ -10,6 +10,7 @@ from typing import Any
 from metarl_cli import catalogue
 from metarl_cli.core.errors import MetarlError, RunError
 from metarl_cli.report import page, runs
+from metarl_cli.report.figures import Pair
 from metarl_cli.report.runs import Run
 from metarl_cli.runner import now
 from metarl_cli.tables import records, view
@@ -62,11 +63,27 @@ def _table(shown: view.View) -> page.Table:
             row[3] = (view.cells(shown, line)[3], "strong")
         row[-1] = (line.verdict, line.verdict.replace(" ", "-"))
         rows.append(_verdict_early(row))
-    title = f"{shown.table.title}: {shown.table.quantity}"
     below = view.explanation(shown)
     if shown.origin == view.RECORDED:
         below.append(f"Curves and costs stand here once there are runs of your own: metarl reproduce {shown.name}")
-    return page.Table(title, _verdict_early(view.header(shown)), rows, below)
+    columns = _verdict_early(view.header(shown))
+    return page.Table(shown.name, shown.table.title, shown.table.quantity, columns, rows, below, _drawn(shown.lines))
+
+
+def _drawn(lines: list[view.Line]) -> list[page.Row]:
+    """Rows of which something was run."""
+    rows = []
+    for label in dict.fromkeys(line.row for line in lines):
+        here = [line for line in lines if line.row == label and (line.record or line.published)]
+        if any(line.record for line in here):
+            rows.append(page.Row(label, [_pair(line) for line in here], here[0].optimum))
+    return rows
+
+
+def _pair(line: view.Line) -> Pair:
+    record, published = line.record, line.published
+    ours = (record["mean"], record["ci_low"], record["ci_high"]) if record else None
+    return Pair(line.column, ours, (published.value, published.ci or 0.0) if published else None)
 
 
 def _verdict_early(row: list[Any]) -> list[Any]:
