@@ -7,8 +7,9 @@
 A cell is one `metarl train` of three seeds side by side in a process of its own, stopped after its time, compilation
 included. What is compared is the trial return in training, which is on tasks never seen before: the mean of the last tenth
 of the meta-iterations up to the point of comparison. That point is the budget in seconds, and for equal steps the number of
-steps that the slowest memory reached within it. A cell that is done is a small JSON file and is not run again; one that was
-interrupted goes on. `t_maze_N` is a corridor of N steps: which memory holds how long.
+steps that the slowest memory reached within it, and half of what the median memory did. A cell that is done is a small
+JSON file and is not run again; one that was interrupted goes on. `t_maze_N` is a corridor of N steps: which memory holds
+how long.
 """
 
 from __future__ import annotations
@@ -144,16 +145,19 @@ def table(cells: dict[tuple[str, str], Cell], minutes: float) -> str:
     lines = []
     for family in dict.fromkeys(name for name, _ in cells):
         here = {memory: cell for (name, memory), cell in cells.items() if name == family}
-        steps = min(int(cell.steps[-1]) for cell in here.values())
+        reached = [int(cell.steps[-1]) for cell in here.values()]
+        points = sorted({min(reached), max(min(reached), int(np.median(reached)) // 2)})
+        columns = "".join(f" after {steps / 1e6:.2f} M steps |" for steps in points)
         lines += [
             f"**{FAMILIES[family].title}** (best {FAMILIES[family].best:g})",
             "",
-            f"| memory | after {minutes:g} min | after {steps / 1e6:.2f} M steps | steps in the time | steps/s |",
-            "|---|---|---|---|---|",
+            f"| memory | after {minutes:g} min |{columns} steps in the time | steps/s |",
+            "|---" * (4 + len(points)) + "|",
         ]
         for memory, cell in sorted(here.items(), key=lambda item: -np.nan_to_num(item[1].until()).mean()):
             speed = (cell.steps[-1] - cell.steps[0]) / max(cell.seconds[-1] - cell.seconds[0], 1e-9) * cell.returns.shape[1]
-            numbers = f"{interval(cell.until())} | {interval(cell.until(steps=steps))}"
+            at = [interval(cell.until(steps=steps)) if steps <= cell.steps[-1] else "" for steps in points]
+            numbers = " | ".join([interval(cell.until()), *at])
             lines.append(f"| {memory} | {numbers} | {cell.steps[-1] / 1e6:.2f} M | {speed:,.0f} |")
         lines.append("")
     return "\n".join(lines)
