@@ -691,7 +691,13 @@ def _mistake(
         return ConfigError(key, _show(value), "no such choice", allowed=typing.get_args(field.annotation))
     if not re.match(r".*_type$|int_from|greater|less", detail["type"]):
         return ConfigError(key, _show(value), str(detail["msg"]).replace("Input should", "must"))
-    hint = f"Write {int(value)}." if isinstance(value, float) and value.is_integer() and "integer" in allowed else ""
+    hint = ""
+    if isinstance(value, float) and value.is_integer() and "integer" in allowed:
+        hint = f"Write {int(value)}."
+    elif detail["type"] in ("tuple_type", "list_type") and not isinstance(value, dict | str | None):
+        hint = f"Write {key}=[{_show(value)}]."
+    elif (group := key.replace(".", "/")) in known:
+        hint = f"To choose another file, write {group}=NAME; there are {', '.join(known[group])}."
     return ConfigError(key, _show(value), f"must be {allowed}", hint=hint)
 
 
@@ -709,6 +715,8 @@ def _unknown_key(
         similar = difflib.get_close_matches(last, {other.rpartition(".")[2] for other in every}, n=1)
         nearest = [other for other in every if other.rpartition(".")[2] in similar]
     hints = [f"Did you mean {' or '.join(nearest)}?"] if nearest else []
+    nested = [group for group in known if "/" in group and group.rpartition("/")[2] == key]
+    hints += [f"To choose a file of {group}, write {group}=NAME." for group in nested]
     group = key.split(".")[0]
     if group in choices:
         others = [name for name in known.get(group, ()) if name != choices[group] and _has_key(group, name, key, known)]

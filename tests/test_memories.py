@@ -20,7 +20,6 @@ from metarl_cli.core.networks import Gates, orthogonal
 from metarl_cli.memories.gru import GRU
 from metarl_cli.memories.lru import LRU
 from metarl_cli.memories.lstm import LSTM
-from metarl_cli.memories.mingru import MinGRU
 from metarl_cli.memories.s5 import S5, hippo
 from metarl_cli.memories.snail import SNAIL
 from metarl_cli.memories.transformer import Transformer
@@ -282,6 +281,50 @@ def test_lstm_forgets_nothing_at_first():
     np.testing.assert_array_equal(params["recurrent"]["bias"], 0)
 
 
+@pytest.mark.parametrize("memory", [GRU(6), LSTM(6)], ids=["gru", "lstm"])
+def test_recurrent_weights_start_orthogonal_and_others_xavier(memory):
+    params = memory.init(jax.random.key(0), 20)
+    for u in np.split(params["recurrent"]["kernel"], params["recurrent"]["kernel"].shape[1] // 6, axis=1):
+        np.testing.assert_allclose(u.T @ u, np.eye(6), atol=1e-9)
+    assert np.abs(params["inputs"]["kernel"]).max() < np.sqrt(6 / 26)
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def standard(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def normed(p: Any, x: jax.Array, gates: int) -> list[np.ndarray]:
+    """Weight norm, then layer norm of each gate."""
+    p = jax.tree.map(np.asarray, p)
+    y = np.asarray(x) @ (p["kernel"] * p["length"] / np.linalg.norm(p["kernel"], axis=0))
+    return np.split(standard(y.reshape(gates, -1)).ravel() * p["scale"] + p["bias"], gates)
+
+
+def test_gru_with_all_options_against_numpy():
+    memory = GRU(6, "relu", layer_norm=True, weight_norm=True)
+    p = random_like(memory.init(jax.random.key(0), INPUTS))
+    h, x = jax.random.normal(jax.random.key(1), (6,)), jax.random.normal(jax.random.key(2), (INPUTS,))
+    (xr, xz, xn), (hr, hz, hn) = normed(p["inputs"], x, 3), normed(p["recurrent"], h, 3)
+    z, n = sigmoid(xz + hz), np.maximum(xn + sigmoid(xr + hr) * hn, 0)
+    assert np.any(n > 0)
+    np.testing.assert_allclose(memory.step(p, h, x)[1], (1 - z) * n + z * h, rtol=1e-10)
+
+
+def test_lstm_with_all_options_against_numpy():
+    memory = LSTM(6, layer_norm=True, weight_norm=True)
+    p = random_like(memory.init(jax.random.key(0), INPUTS))
+    c, h = jax.random.normal(jax.random.key(1), (2, 6))
+    x = jax.random.normal(jax.random.key(2), (INPUTS,))
+    i, f, g, o = (a + b for a, b in zip(normed(p["inputs"], x, 4), normed(p["recurrent"], h, 4), strict=True))
+    new = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    out = sigmoid(o) * np.tanh(standard(new) * p["cell"]["scale"] + p["cell"]["bias"])
+    assert_close(memory.step(p, (c, h), x), ((new, out), out), rtol=1e-10)
+
+
 def layer_of(memory: Any) -> tuple[Any, jax.Array, jax.Array]:
     """Parameters of a recurrence, a state, an input."""
     params = random_like(memory.init_recurrence(jax.random.key(0)))
@@ -289,29 +332,6 @@ def layer_of(memory: Any) -> tuple[Any, jax.Array, jax.Array]:
         1j * random_like(memory.init_state().real + 1) if memory.init_state().dtype == complex else 0
     )
     return params, h, jax.random.normal(jax.random.key(1), (memory.features,))
-
-
-def test_mingru_equations():
-    memory = MinGRU(4, 1)
-    params, h, x = layer_of(memory)
-    (a, b), (w_z, w_h), (b_z, b_h) = (
-        memory.coefficients(params, x),
-        jnp.split(params["kernel"], 2, 1),
-        jnp.split(params["bias"], 2),
-    )
-    z = 1 / (1 + np.exp(-(x @ w_z + b_z)))
-    np.testing.assert_allclose(a * h + b, (1 - z) * h + z * (x @ w_h + b_h), rtol=1e-12)
-
-
-def test_lru_equations():
-    memory = LRU(4, 1, 3)
-    params, h, x = layer_of(memory)
-    a, b = memory.coefficients(params, x)
-    decay = np.exp(-np.exp(params["nu"]) + 1j * np.exp(params["theta"]))
-    new = decay * h + np.exp(params["gamma"]) * ((params["b"][0] + 1j * params["b"][1]) @ x)
-    np.testing.assert_allclose(a * h + b, new, rtol=1e-12)
-    expected = np.real((params["c"][0] + 1j * params["c"][1]) @ new) + params["d"] * x
-    np.testing.assert_allclose(memory.output(params, jnp.asarray(new), x), expected, rtol=1e-12)
 
 
 def test_lru_starts_on_a_ring():
@@ -326,6 +346,13 @@ def test_lru_starts_on_a_ring():
     np.testing.assert_allclose(np.exp(2 * params["gamma"]), 1 - squared, rtol=1e-2)
     # gamma makes the size of the state that of the input, whatever lambda: b ~ N(0, 1/2F) twice, x ~ N(0, 1).
     np.testing.assert_allclose(np.mean(params["b"] ** 2), 1 / 8, rtol=0.05)
+
+
+def test_lru_and_s5_read_out_with_unit_variance():
+    params = LRU(40, 1, 500).init_recurrence(jax.random.key(0))
+    np.testing.assert_allclose(np.mean(params["c"] ** 2), 1 / 500, rtol=0.05)
+    for d in (params["d"], S5(40, 1, 4).init_recurrence(jax.random.key(0))["d"]):  # N(0, 1)
+        assert 0.6 < np.std(d) < 1.4
 
 
 def test_s5_is_a_zero_order_hold():
@@ -355,22 +382,26 @@ def test_s5_starts_as_hippo():
     assert 0.001 <= delta.min() < 0.0011 and 0.09 < delta.max() <= 0.1 and np.median(delta) == pytest.approx(0.01, rel=0.15)
 
 
-def test_s5_is_the_real_system_in_other_coordinates():
-    """Without its Delta's: C (V V^H) B of the paper's 2 N real states is what the N complex ones give out."""
-    params = S5(3, 1, 4).init_recurrence(jax.random.key(0))
-    key_b, key_c, _, _ = jax.random.split(jax.random.key(0), 4)
+def test_s5_gives_out_what_the_real_system_does():
+    """With one Delta for all: the paper's 2 N real states x' = A x + B u, y = C x + D u, A the normal part of HiPPO-LegS."""
+    memory, key = S5(3, 1, 4), jax.random.key(0)
+    params = memory.init_recurrence(key) | {"delta": jnp.full(4, np.log(0.05))}
+    key_b, key_c, _, _ = jax.random.split(key, 4)
     b, c = jax.random.normal(key_b, (8, 3)) / np.sqrt(3), jax.random.normal(key_c, (3, 8)) / np.sqrt(8)
-    product = (params["c"][0] + 1j * params["c"][1]) @ (params["b"][0] + 1j * params["b"][1])
-    np.testing.assert_allclose(2 * product.real, c @ b, rtol=1e-9)
+    i = np.arange(8)
+    a = np.where(i[:, None] > i, -np.sqrt(2 * i + 1)[:, None] * np.sqrt(2 * i + 1), np.diag(-(i + 1.0)))
+    a = a + np.outer(np.sqrt(i + 0.5), np.sqrt(i + 0.5))
+    x, h = np.zeros(8), memory.init_state()
+    for u in np.asarray(jax.random.normal(jax.random.key(1), (6, 3))):
+        x = (expm(0.05 * np.block([[a, np.asarray(b @ u)[:, None]], [np.zeros((1, 9))]])) @ [*x, 1])[:8]
+        decay, drive = memory.coefficients(params, u)
+        h = decay * h + drive
+        np.testing.assert_allclose(memory.output(params, h, u), c @ x + params["d"] * u, rtol=1e-8)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
     return e / e.sum()
-
-
-def sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
 
 
 def linear(p: Any, x: Any) -> Any:
@@ -385,7 +416,7 @@ def test_transformer_is_full_attention():
     p = jax.tree.map(np.asarray, params["params"])
 
     def norm(q, x):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * q["scale"] + q["bias"]
+        return standard(x) * q["scale"] + q["bias"]
 
     def gate(q, x, y):
         of_y, of_x = np.split(linear(q["Dense_0"], y), 3, -1), np.split(linear(q["Dense_1"], x), 2, -1)
@@ -429,6 +460,39 @@ def test_snail_is_padded_convolutions_and_full_attention():
     np.testing.assert_allclose(actual, next_layer(h), rtol=1e-8, atol=1e-10)
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("name", ["mingru", "lru", "s5"])
+def test_layers_around_a_linear_recurrence(name):
+    """Norm, recurrence, GLU of a GELU, residual, with the recurrences as the papers print them."""
+    memory: Any = build(name)
+    params, _, x = prepared(memory)
+    _, actual = repeated_step(memory, params, memory.init_carry(), x, reset_at([]))
+    params = jax.tree.map(np.asarray, params)
+    x = linear(params["encoder"]["params"], np.asarray(x))
+    for layer in params["layers"]:
+        norm, p = layer["norm"]["params"], layer["recurrence"]
+        h, y = 0, []
+        for now in standard(x) * norm["scale"] + norm["bias"]:
+            if name == "mingru":
+                z, candidate = np.split(linear(p, now), 2)
+                h = (1 - sigmoid(z)) * h + sigmoid(z) * candidate
+                y.append(h)
+                continue
+            b, c = p["b"][0] + 1j * p["b"][1], p["c"][0] + 1j * p["c"][1]
+            if name == "lru":
+                h = np.exp(-np.exp(p["nu"]) + 1j * np.exp(p["theta"])) * h + np.exp(p["gamma"]) * (b @ now)
+            else:
+                eigenvalue, delta = -np.exp(p["decay"]) + 1j * p["frequency"], np.exp(p["delta"])
+                h = np.exp(eigenvalue * delta) * h + (np.exp(eigenvalue * delta) - 1) / eigenvalue * (b @ now)
+            y.append((2 if name == "s5" else 1) * np.real(c @ h) + p["d"] * now)
+        left, right = np.split(linear(layer["mixed"]["params"]["Dense_0"], gelu(np.array(y))), 2, -1)
+        x = x + left * sigmoid(right)
+    np.testing.assert_allclose(actual, x, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["transformer", "snail"])
 def test_what_looks_back_sees_no_further_than_its_context(name):
     memory = build(name, length=50, context=2, **({"layers": 1} if name == "transformer" else {}))
@@ -449,3 +513,5 @@ def test_heads_have_to_divide_the_features():
         ConfigError, match=r"algo\.memory\.heads=3: twice their number must divide algo\.memory\.features=8.*1, 2, 4"
     ):
         build("transformer", heads=3)
+    with pytest.raises(ConfigError, match=r"algo\.memory\.features=7: must be even"):
+        build("transformer", features=7)

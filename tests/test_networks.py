@@ -113,6 +113,26 @@ def test_recurrent_sequence_is_repeated_step(float64, discrete, options):
     assert_close(jax.jit(lambda x: network.sequence(params, x, 4))(x), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_first_policies_are_close_to_uniform_and_a_critic_is_a_draw_of_its_own():
+    network = RecurrentActorCritic(Spaces(2, 3, True), GRU(16), critic="separate", widths=(8,), sees_state=True)
+    params = network.init(jax.random.key(0))
+    policy, _ = network.sequence(params, jax.random.normal(jax.random.key(1), (STEPS, 7)))
+    assert isinstance(policy, Categorical) and 0.01 < np.abs(policy.logits).max() < 0.3
+    assert np.all(params["memory"]["inputs"]["kernel"] != params["critic"]["inputs"]["kernel"])
+
+
+@pytest.mark.parametrize("sees_state", [True, False])
+def test_policy_and_value_see_the_state_only_where_they_are_told_to(sees_state):
+    network = RecurrentActorCritic(Spaces(2, 3, True), GRU(4), sees_state=sees_state)
+    params = random_like(network.init(jax.random.key(0)))
+
+    def heads(state):
+        policy, value = network.heads(params, [jnp.ones(4)], jnp.concatenate([state, jnp.zeros(5)]))
+        return jnp.append(policy.logits, value)
+
+    assert np.all((np.asarray(jax.jacobian(heads)(jnp.ones(2))) != 0) == sees_state)
+
+
 def test_time_is_the_share_of_the_trial():
     network = RecurrentActorCritic(Spaces(1, 1, False), GRU(4), length=8)
     previous = Previous(jnp.zeros((2, 1)), jnp.ones(2), jnp.zeros(2))

@@ -18,6 +18,7 @@ from probes import assert_close, build, eval_settings, one_step, random_like, tr
 from test_adapt import garbage
 from test_returns import loop_gae
 
+from metarl_cli.algos.rl2 import Bound, RL2State
 from metarl_cli.core.errors import ConfigError
 from metarl_cli.core.memory import Memory
 from metarl_cli.core.networks import RecurrentActorCritic
@@ -186,6 +187,25 @@ def test_update_is_ppo_over_minibatches_of_whole_trials(float64):
     assert_close(params, expected, rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(metrics["grad_norm"], np.mean(norms[-2:]), rtol=1e-6)
     assert norms[0] > 0.1  # so that the clip has been at work
+
+
+def test_update_samples_learns_and_remembers_what_it_saw(float64):
+    """Annealed half-way through; the rewards' scale is that of the learner's own returns."""
+    family = walk(True)
+    learner = learner_on(True, entropy=0.4, entropy_end=0.0, lr_end=0.0, normalize_rewards="true")
+    key = jax.random.key(3)
+    state = learner.init(key, family)
+
+    @jax.jit
+    def by_hand(state):
+        batch = learner.sample(state, key, family)
+        params, optimizer, _ = learner.learn(state, learner.data(state, batch), 0.5)
+        return RL2State(params, optimizer, state.normaliser.update(batch, learner.gamma))
+
+    new, _ = jax.jit(learner.update)(state, key, family, jnp.array(0.5))
+    assert_close(new, by_hand(state), rtol=1e-7, atol=1e-9)
+    other, _ = jax.jit(learner.update)(state, key, family, jnp.array(0.0))
+    assert np.abs(ravel_pytree(other.params)[0] - ravel_pytree(new.params)[0]).max() > 1e-4
 
 
 def test_metrics_are_those_of_what_was_lived_through(trials):
@@ -378,6 +398,13 @@ def kl_and_loss(learner: Any, before: Any, after: Any, data: Any) -> tuple[float
     gain = np.minimum(ratio * data.advantage, np.clip(ratio, 1 - learner.clip, 1 + learner.clip) * data.advantage)
     valid = np.asarray(data.valid)
     return float(np.mean(np.asarray(old.kl(new))[valid])), -float(np.mean(np.asarray(gain)[valid]))
+
+
+def test_the_bound_measures_the_divergence_of_the_new_policy_from_the_old_over_the_whole_meta_batch(float64):
+    learner, state, data, params = bounded(0.3, None)
+    parts = jax.tree.map(lambda x: x.reshape(2, 1, -1, *x.shape[1:]), data)
+    found = jax.jit(lambda params: Bound(learner, state.params, parts, 0.01).measure(params))(params)
+    np.testing.assert_allclose(found, kl_and_loss(learner, state.params, params, data), rtol=1e-9)
 
 
 def test_a_step_that_goes_too_far_is_halved_until_it_is_within_the_bound(float64):

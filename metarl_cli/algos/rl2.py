@@ -293,7 +293,8 @@ class RL2Settings(AlgoSettings):
     policy_sees_state: bool = setting("the observation goes to the policy directly as well, not through the memory alone")
     sees_time: bool = setting("the share of the trial that is over is a part of the input")
     hypernetwork: int | None = setting(
-        "size of the embedding from which all weights of the policy are generated (25 in Beck et al. 2023); null: none",
+        "size of the embedding from which all weights of the policy are generated (25 in Beck et al. 2023, with "
+        "hidden=[32,32]); null: none",
         unit="units",
         ge=1,
     )
@@ -328,7 +329,8 @@ class RL2Settings(AlgoSettings):
         minibatches = self.minibatches if self.outer == "ppo" else 1
         divides("algo.minibatches", minibatches, self.meta_batch, f"algo.meta_batch={self.meta_batch}")
         trials = self.meta_batch // minibatches
-        divides("algo.accumulate", self.accumulate, trials, f"the {trials} trials of a minibatch")
+        batch = "minibatch" if self.outer == "ppo" else "meta-batch"
+        divides("algo.accumulate", self.accumulate, trials, f"the {trials} trials of a {batch}")
         if self.unroll is not None:
             divides("algo.unroll", self.unroll, length, f"the {length} steps of a trial")
         if self.hypernetwork is not None and not self.policy_sees_state:

@@ -37,7 +37,7 @@ class ConfigError(MetarlError):
             parts.append(f"Allowed: {', '.join(options)}.")
             word = str(value if value is not None else key)
             nearest = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
-            if nearest:
+            if nearest and not isinstance(value, int | float):  # 3 is not a misspelt 32
                 parts.append(f"Did you mean {nearest[0]}?")
         if hint:
             parts.append(hint)

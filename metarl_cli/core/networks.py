@@ -175,7 +175,10 @@ class Gates:
 
 
 class Mixture(nn.Module):
-    """What follows the recurrence of a layer: `x + (W y) sigmoid(V y)`, y its output after a GELU (Smith et al. 2023)."""
+    """What follows the recurrence of a layer: `x + (W y) sigmoid(V y)`, y its output after a GELU.
+
+    As in LRU (Orvieto et al. 2023, figure 1); S5 (Smith et al. 2023) gates y itself, with one matrix instead of two.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -4,9 +4,10 @@ x' = Lambda x + B u,  y = Re(C x) + D u  with a zero-order hold of length Delta:
 h_t = exp(Lambda Delta) h_{t-1} + Lambda^-1 (exp(Lambda Delta) - 1) B u_t
 
 Lambda starts as eigenvalues of the normal part of the HiPPO-LegS matrix, B and C in the basis of its eigenvectors (section
-3.3). They come in conjugate pairs, of which one each is kept: 2 N states of the paper are N complex ones here, and Re(C x)
-is 2 Re of the kept half. Each state has a Delta of its own, at first log-uniform on [0.001, 0.1]. Lu et al. 2023
-(arXiv:2303.03982) brought S5 to RL^2, with a modified operator for resets; plain a_t = 0 does the same.
+3.3); its real part stays negative, as -exp of a parameter. The eigenvalues come in conjugate pairs, of which one each is
+kept: 2 N states of the paper are N complex ones here, and Re(C x) is 2 Re of the kept half. Each state has a Delta of its
+own, at first log-uniform on [0.001, 0.1]. Lu et al. 2023 (arXiv:2303.03982) brought S5 to RL^2, with a modified operator
+for resets; plain a_t = 0 does the same.
 """
 
 from __future__ import annotations

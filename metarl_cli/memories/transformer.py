@@ -105,6 +105,8 @@ class TransformerSettings(MemorySettings):
     context: int | None = setting("earlier steps to attend to; null: all those of a trial in training", unit="steps", ge=0)
 
     def build(self, length: int) -> Transformer:
+        if self.features % 2:
+            raise ConfigError("algo.memory.features", self.features, "must be even: rotations turn pairs of numbers")
         if self.features % (2 * self.heads):
             allowed = [n for n in range(1, self.features // 2 + 1) if self.features % (2 * n) == 0]
             problem = f"twice their number must divide algo.memory.features={self.features}"
