@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarl_cli import catalogue
+from metarl_cli.report import figures
 
 T_QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # 97.5 % of Student's t, by the number of seeds
 COMMON = ["algo=rl2", "iterations=1000000", "algo.lr=1e-3", "algo.lr_end=null", "algo.entropy=0.01", "algo.entropy_end=null"]
@@ -165,14 +166,12 @@ def table(cells: dict[tuple[str, str], Cell], minutes: float) -> str:
 
 def plot(cells: dict[tuple[str, str], Cell], path: Path) -> None:
     """Trial return over steps (above) and over seconds (below): means over seeds, and from the lowest to the highest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     families = list(dict.fromkeys(name for name, _ in cells))
     memories = sorted({memory for _, memory in cells})
-    figure, axes = plt.subplots(2, len(families), figsize=(4 * len(families), 6), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4 * len(families), 6), layout="constrained")
+    axes = figure.subplots(2, len(families), squeeze=False)
     for column, family in enumerate(families):
         for (name, memory), cell in cells.items():
             if name != family:
@@ -180,16 +179,16 @@ def plot(cells: dict[tuple[str, str], Cell], path: Path) -> None:
             for row, x in enumerate((cell.steps / 1e6, cell.seconds / 60)):
                 window = max(1, len(x) // 50)
                 smooth = np.array([cell.returns[max(0, i - window) : i + 1].mean(0) for i in range(len(x))])
-                color = f"C{memories.index(memory)}"
+                color = figures.CYCLE[memories.index(memory) % len(figures.CYCLE)]
                 axes[row, column].plot(x, smooth.mean(1), color=color, label=memory)
                 axes[row, column].fill_between(x, smooth.min(1), smooth.max(1), color=color, alpha=0.15, linewidth=0)
         for row, label in enumerate(("million steps per seed", "minutes")):
             axes[row, column].axhline(FAMILIES[family].best, color="0.5", linestyle=":")
             axes[row, column].set(xlabel=label, ylabel="trial return" if column == 0 else None)
+        axes[0, column].set_xscale("log")  # some memories are twenty times faster than others
         axes[0, column].set_title(FAMILIES[family].title)
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(path)
-    print(f"Written to {path}")
+    print(f"Written to {' and '.join(map(str, figures.save(figure, path)))}")
 
 
 def main() -> None:
@@ -221,7 +220,7 @@ def main() -> None:
     text = table(cells, arguments.minutes)
     print(text)
     (arguments.directory / "table.md").write_text(text, encoding="utf-8")
-    plot(cells, arguments.directory / "curves.svg")
+    plot(cells, arguments.directory / "curves")
 
 
 if __name__ == "__main__":
