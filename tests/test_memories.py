@@ -366,13 +366,16 @@ def test_s5_is_a_zero_order_hold():
         np.testing.assert_allclose(a[i] * h[i] + b[i], (expm(system) @ [h[i], 1])[0], rtol=1e-10)
 
 
+def normal_part_of_hippo(n: int) -> np.ndarray:
+    i = np.arange(n)
+    matrix = np.where(i[:, None] > i, -np.sqrt(2 * i + 1)[:, None] * np.sqrt(2 * i + 1), np.diag(-(i + 1.0)))
+    return matrix + np.outer(np.sqrt(i + 0.5), np.sqrt(i + 0.5))
+
+
 def test_s5_starts_as_hippo():
     eigenvalues, vectors = hippo(4)
-    i = np.arange(8)
-    matrix = np.where(i[:, None] > i, -np.sqrt(2 * i + 1)[:, None] * np.sqrt(2 * i + 1), np.diag(-(i + 1.0)))
-    rank_one = np.outer(np.sqrt(i + 0.5), np.sqrt(i + 0.5))
     # The kept half and its conjugates are all of the normal part.
-    np.testing.assert_allclose(2 * np.real(vectors * eigenvalues @ vectors.conj().T), matrix + rank_one, atol=1e-12)
+    np.testing.assert_allclose(2 * np.real(vectors * eigenvalues @ vectors.conj().T), normal_part_of_hippo(8), atol=1e-12)
     assert np.all(np.imag(eigenvalues) > 0)
     memory = S5(3, 1, 4)
     params = memory.init_recurrence(jax.random.key(0))
@@ -388,9 +391,7 @@ def test_s5_gives_out_what_the_real_system_does():
     params = memory.init_recurrence(key) | {"delta": jnp.full(4, np.log(0.05))}
     key_b, key_c, _, _ = jax.random.split(key, 4)
     b, c = jax.random.normal(key_b, (8, 3)) / np.sqrt(3), jax.random.normal(key_c, (3, 8)) / np.sqrt(8)
-    i = np.arange(8)
-    a = np.where(i[:, None] > i, -np.sqrt(2 * i + 1)[:, None] * np.sqrt(2 * i + 1), np.diag(-(i + 1.0)))
-    a = a + np.outer(np.sqrt(i + 0.5), np.sqrt(i + 0.5))
+    a = normal_part_of_hippo(8)
     x, h = np.zeros(8), memory.init_state()
     for u in np.asarray(jax.random.normal(jax.random.key(1), (6, 3))):
         x = (expm(0.05 * np.block([[a, np.asarray(b @ u)[:, None]], [np.zeros((1, 9))]])) @ [*x, 1])[:8]
