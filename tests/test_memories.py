@@ -111,6 +111,17 @@ def test_sequence_is_repeated_step(memory):
         assert_close((end, jnp.concatenate([first, second])), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_trial_is_a_sequence_from_its_start(memory):
+    params, _, x = prepared(memory)
+    expected = sequence(memory, params, memory.init_carry(), x, reset_at([]))[1]
+    assert_close(jax.jit(memory.trial)(params, x), expected, rtol=1e-9, atol=1e-11)
+    slopes = [
+        jax.jit(jax.grad(lambda p, f=f: jnp.sum(f(p) ** 2)))(params)
+        for f in (lambda p: memory.trial(p, x), lambda p: memory.sequence(p, memory.init_carry(), x, reset_at([]))[1])
+    ]
+    assert_close(*slopes, rtol=1e-8, atol=1e-10)
+
+
 def test_the_past_matters(memory):
     params, carry, x = prepared(memory)
     reset = reset_at([])

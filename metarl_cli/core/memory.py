@@ -4,14 +4,14 @@ A memory is static (hashable, no arrays); its parameters and its carry are pytre
 `configs/algo/memory/` add one.
 
 Memories whose state is a linear recurrence find it solved for all steps at once in `linear_recurrence`. Memories that look
-back at single steps keep the last W of them: with T new ones they form rows `[W + T]`, oldest first, of which step t of the
-new ones is row W + t (`steps_before`, `visible`, `keep`).
+back at W single steps (`LookingBack`) keep these and the newest in a ring: step t of a trial is in row t mod (W + 1), so that
+acting writes one row and moves none.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,10 @@ class Memory(ABC):
         Args:
             reset: `[T]` bool; where true, the carry is set to `init_carry()` before that step.
         """
+
+    def trial(self, params: Params, x: jax.Array) -> jax.Array:
+        """A whole trial in training: `x [T, D]` to features `[T, H]`, as `sequence` from `init_carry()`."""
+        return self.sequence(params, self.init_carry(), x, jnp.zeros(x.shape[0], bool))[1]
 
 
 class MemorySettings(Settings):
@@ -106,12 +110,15 @@ _solve.defvjp(_forward, _backward)
 
 
 class LookingBack(Memory):
-    """One whose network takes T new steps with those that were kept; a step is a sequence of one."""
+    """One whose network takes T new steps with those that were kept; a step is a sequence of one.
+
+    In its carry, `time` counts the steps of the trial and `past` holds rings.
+    """
 
     @property
     @abstractmethod
     def trunk(self) -> Any:
-        """A flax module: carry, `x [T, D]` and `reset [T]` to carry and features `[T, H]`."""
+        """A flax module: carry, `x [T, D]` and `reset [T]` to carry and features `[T, H]`; a ring may be None: nothing is kept."""
 
     def init(self, key: Key, inputs: int) -> Params:
         return self.trunk.init(key, self.init_carry(), jnp.zeros((1, inputs)), jnp.zeros(1, bool))
@@ -123,6 +130,11 @@ class LookingBack(Memory):
     def sequence(self, params: Params, carry: Carry, x: jax.Array, reset: jax.Array) -> tuple[Carry, jax.Array]:
         return self.trunk.apply(params, carry, x, reset)
 
+    def trial(self, params: Params, x: jax.Array) -> jax.Array:
+        carry = self.init_carry()
+        carry["past"] = jax.tree.map(lambda ring: None, carry["past"])  # there is none, and none will be asked for
+        return self.sequence(params, carry, x, jnp.zeros(x.shape[0], bool))[1]
+
 
 def steps_before(time: jax.Array, reset: jax.Array) -> jax.Array:
     """How many steps of its trial lie before each of T new ones, `[T]`; `time` says it for the first, `[]`."""
@@ -130,15 +142,40 @@ def steps_before(time: jax.Array, reset: jax.Array) -> jax.Array:
     return now - jax.lax.cummax(jnp.where(reset, now, -time))
 
 
-def visible(before: jax.Array, window: int) -> jax.Array:
-    """Which of the rows `[W + T]` each of T new steps may look at, `[T, W + T]`: itself, and W earlier ones of its trial."""
-    steps = before.shape[0]
-    back = window + jnp.arange(steps)[:, None] - jnp.arange(window + steps)[None]
-    return (back >= 0) & (back <= jnp.minimum(before, window)[:, None])
+class Rows(NamedTuple):
+    """What T new steps may look at."""
+
+    rows: jax.Array  # [R, ...]
+    age: jax.Array  # [T, R], how many steps each lies back; those of other trials are older than `before`
+    ring: jax.Array | None  # after the last of them
 
 
-def keep(rows: jax.Array, before: jax.Array) -> jax.Array:
-    """The last W of the rows `[W + T, ...]`, zeros for those that are not of the trial of the last step."""
-    kept = rows[before.shape[0] :]
-    back = jnp.arange(kept.shape[0], 0, -1)
-    return jnp.where((back <= before[-1] + 1).reshape(-1, *[1] * (rows.ndim - 1)), kept, 0)
+def look_back(ring: jax.Array | None, new: jax.Array, before: jax.Array) -> Rows:
+    """The T new rows behind those that the ring `[W + 1, ...]` has kept; without a ring, by themselves."""
+    steps = new.shape[0]
+    if ring is None:
+        return Rows(new, jnp.arange(steps)[:, None] - jnp.arange(steps)[None], None)
+    size = ring.shape[0]
+    age = (before[-1] - jnp.arange(size)) % size  # in the ring, after the last
+    if steps == 1:
+        ring = ring.at[before[0] % size].set(new[0])
+        return Rows(ring, age[None], ring)
+    rows = jnp.concatenate([ring[(before[0] + 1 + jnp.arange(size - 1)) % size], new])  # oldest first
+    ring = rows[len(rows) - 1 - age]
+    ring = jnp.where((age <= before[-1]).reshape(-1, *[1] * (rows.ndim - 1)), ring, 0)
+    return Rows(rows, size - 1 + jnp.arange(steps)[:, None] - jnp.arange(len(rows))[None], ring)
+
+
+def visible(age: jax.Array, before: jax.Array, window: int) -> jax.Array:
+    """Which rows each of T new steps may look at, `[T, R]`: itself, and `window` earlier ones of its trial."""
+    return (age >= 0) & (age <= jnp.minimum(before, window)[:, None])
+
+
+def delayed(ring: jax.Array | None, new: jax.Array, before: jax.Array, steps: int) -> tuple[jax.Array, jax.Array | None]:
+    """The rows `[T, ...]` that lie `steps` back, zeros where the trial had not begun; and the ring after them."""
+    rows, _, after = look_back(ring, new, before)
+    if ring is None:
+        rows = jnp.concatenate([jnp.zeros((steps, *new.shape[1:])), new])
+    elif new.shape[0] == 1:
+        rows = rows[(before + 1) % (steps + 1)]
+    return jnp.where((before >= steps)[:, None], rows[: new.shape[0]], 0), after

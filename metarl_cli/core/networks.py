@@ -527,16 +527,13 @@ class RecurrentActorCritic:
                 from one to the next, so that the values are the same. The backward pass keeps one segment at a time.
         """
 
-        def remember(params, carry, x):
-            return self.memory.sequence(params, carry, x, jnp.zeros(x.shape[0], bool))
-
         def segments(params):
             if unroll is None:
-                return remember(params, self.memory.init_carry(), x)[1]
+                return self.memory.trial(params, x)
 
             @partial(jax.checkpoint, prevent_cse=False)  # not needed inside a scan
             def segment(carry, x):
-                return remember(params, jax.lax.stop_gradient(carry), x)
+                return self.memory.sequence(params, jax.lax.stop_gradient(carry), x, jnp.zeros(unroll, bool))
 
             _, features = jax.lax.scan(segment, self.memory.init_carry(), x.reshape(-1, unroll, x.shape[-1]))
             return features.reshape(x.shape[0], -1)

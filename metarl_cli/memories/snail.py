@@ -5,7 +5,7 @@ dense blocks of dilations 1, 2, 4 ... until they see the whole trial; an attenti
 (section 3, figure 2). The network is linear, TC, attention, TC, attention. A last linear layer brings all that has been
 appended to `features`.
 
-The carry is bounded: each convolution keeps the last d inputs, each head the last `context` keys and values.
+The carry is bounded: each convolution keeps its last d inputs, each head its last `context` keys and values, and the newest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax.numpy as jnp
 
-from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, keep, steps_before, visible
+from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, delayed, look_back, steps_before, visible
 from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
 
@@ -26,28 +26,27 @@ class Trunk(nn.Module):
     features: int
     filters: int
     keys: int
+    context: int
 
     @nn.compact
     def __call__(self, carry, x, reset):
-        """`x [T, D]`; `carry["past"]` holds a list of `[d, C]` for each TC block and `(keys, values)` for each head."""
+        """`x [T, D]`; `carry["past"]` holds for each TC block a ring per dilation, and for each head those of keys and values."""
         before = steps_before(carry["time"], reset)
         x = dense(self.filters)(x)
         past = []
         for convolutions, (keys, values) in carry["past"]:
             kept = []
-            for inputs in convolutions:
-                rows = jnp.concatenate([inputs, x])
-                dilation = inputs.shape[0]
-                earlier = jnp.where((before >= dilation)[:, None], rows[: x.shape[0]], 0)
+            for i, ring in enumerate(convolutions):
+                earlier, ring = delayed(ring, x, before, 2**i)
                 u, v = jnp.split(dense(2 * self.filters)(jnp.concatenate([earlier, x], axis=-1)), 2, axis=-1)
-                kept.append(keep(rows, before))
+                kept.append(ring)
                 x = jnp.concatenate([x, jnp.tanh(u) * nn.sigmoid(v)], axis=-1)
-            mask = visible(before, keys.shape[0])
-            keys = jnp.concatenate([keys, dense(self.keys, bias=False)(x)])
-            values = jnp.concatenate([values, dense(self.filters)(x)])
-            scores = dense(self.keys)(x) @ keys.T / jnp.sqrt(self.keys)
-            x = jnp.concatenate([x, nn.softmax(jnp.where(mask, scores, -jnp.inf)) @ values], axis=-1)
-            past.append((kept, (keep(keys, before), keep(values, before))))
+            keys = look_back(keys, dense(self.keys, bias=False)(x), before)
+            values = look_back(values, dense(self.filters)(x), before)
+            scores = dense(self.keys)(x) @ keys.rows.T / jnp.sqrt(self.keys)
+            weights = nn.softmax(jnp.where(visible(keys.age, before, self.context), scores, -jnp.inf))
+            x = jnp.concatenate([x, weights @ values.rows], axis=-1)
+            past.append((kept, (keys.ring, values.ring)))
         return {"time": before[-1] + 1, "past": past}, dense(self.features)(x)
 
 
@@ -60,16 +59,18 @@ class SNAIL(LookingBack):
 
     @property
     def trunk(self) -> Trunk:
-        return Trunk(self.features, self.filters, self.keys)
+        return Trunk(self.features, self.filters, self.keys, self.context)
 
     def init_carry(self) -> Carry:
         channels, past = self.filters, []
         for _ in range(BLOCKS):
             convolutions = []
             for i in range(self.context.bit_length()):  # together they reach back 2^n - 1 >= context steps
-                convolutions.append(jnp.zeros((2**i, channels)))
+                convolutions.append(jnp.zeros((2**i + 1, channels)))
                 channels += self.filters
-            past.append((convolutions, (jnp.zeros((self.context, self.keys)), jnp.zeros((self.context, self.filters)))))
+            past.append(
+                (convolutions, (jnp.zeros((self.context + 1, self.keys)), jnp.zeros((self.context + 1, self.filters))))
+            )
             channels += self.filters
         return {"time": jnp.zeros((), int), "past": past}
 

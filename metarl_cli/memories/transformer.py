@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from metarl_cli.core.errors import ConfigError
-from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, keep, steps_before, visible
+from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, look_back, steps_before, visible
 from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
 
@@ -48,37 +48,38 @@ class Gate(nn.Module):
 
 class Layer(nn.Module):
     heads: int
+    context: int
 
     @nn.compact
-    def __call__(self, x, position, mask, keys, values):
-        """`x [T, F]`; `keys` and `values` `[W, heads, d]` of earlier steps. Returns x and the rows `[W + T, heads, d]`."""
+    def __call__(self, x, before, keys, values):
+        """`x [T, F]`; `keys` and `values` are rings of `[heads, d]`."""
         shape = (x.shape[0], self.heads, x.shape[-1] // self.heads)
         qkv = dense(3 * x.shape[-1], bias=False)(nn.LayerNorm(param_dtype=float)(x))
         query, key, value = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
-        keys = jnp.concatenate([keys, rotate(key, position)])
-        values = jnp.concatenate([values, value])
-        scores = jnp.einsum("thd,shd->hts", rotate(query, position), keys) / jnp.sqrt(shape[-1])
-        weights = nn.softmax(jnp.where(mask[None], scores, -jnp.inf))
-        y = jnp.einsum("hts,shd->thd", weights, values).reshape(x.shape)
+        keys = look_back(keys, rotate(key, before), before)
+        values = look_back(values, value, before)
+        scores = jnp.einsum("thd,shd->hts", rotate(query, before), keys.rows) / jnp.sqrt(shape[-1])
+        weights = nn.softmax(jnp.where(visible(keys.age, before, self.context), scores, -jnp.inf))
+        y = jnp.einsum("hts,shd->thd", weights, values.rows).reshape(x.shape)
         x = Gate()(x, nn.relu(dense(x.shape[-1])(y)))
         y = nn.relu(dense(2 * x.shape[-1])(nn.LayerNorm(param_dtype=float)(x)))
-        return Gate()(x, nn.relu(dense(x.shape[-1])(y))), keys, values
+        return Gate()(x, nn.relu(dense(x.shape[-1])(y))), keys.ring, values.ring
 
 
 class Trunk(nn.Module):
     features: int
     layers: int
     heads: int
+    context: int
 
     @nn.compact
     def __call__(self, carry, x, reset):
         before = steps_before(carry["time"], reset)
-        mask = visible(before, carry["past"][0][0].shape[0])
         x = dense(self.features)(x)
         past = []
         for keys, values in carry["past"]:
-            x, keys, values = Layer(self.heads)(x, before, mask, keys, values)
-            past.append((keep(keys, before), keep(values, before)))
+            x, keys, values = Layer(self.heads, self.context)(x, before, keys, values)
+            past.append((keys, values))
         return {"time": before[-1] + 1, "past": past}, x
 
 
@@ -91,10 +92,10 @@ class Transformer(LookingBack):
 
     @property
     def trunk(self) -> Trunk:
-        return Trunk(self.features, self.layers, self.heads)
+        return Trunk(self.features, self.layers, self.heads, self.context)
 
     def init_carry(self) -> Carry:
-        rows = jnp.zeros((self.context, self.heads, self.features // self.heads))
+        rows = jnp.zeros((self.context + 1, self.heads, self.features // self.heads))
         return {"time": jnp.zeros((), int), "past": [(rows, rows)] * self.layers}
 
 
