@@ -4,8 +4,8 @@ A memory is static (hashable, no arrays); its parameters and its carry are pytre
 `configs/algo/memory/` add one.
 
 Memories whose state is a linear recurrence find it solved for all steps at once in `linear_recurrence`. Memories that look
-back at W single steps (`LookingBack`) keep these and the newest in a ring: step t of a trial is in row t mod (W + 1), so that
-acting writes one row and moves none.
+back at W single steps (`LookingBack`) keep these and the newest in a ring: step t of a trial is in row t mod (W + 1), so
+that acting writes one row and moves none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -118,7 +119,7 @@ class LookingBack(Memory):
     @property
     @abstractmethod
     def trunk(self) -> Any:
-        """A flax module: carry, `x [T, D]` and `reset [T]` to carry and features `[T, H]`; a ring may be None: nothing is kept."""
+        """A flax module: carry, `x [T, D]` and `reset [T]` to carry and features `[T, H]`. A ring of None keeps nothing."""
 
     def init(self, key: Key, inputs: int) -> Params:
         return self.trunk.init(key, self.init_carry(), jnp.zeros((1, inputs)), jnp.zeros(1, bool))
@@ -166,11 +167,6 @@ def look_back(ring: jax.Array | None, new: jax.Array, before: jax.Array) -> Rows
     return Rows(rows, size - 1 + jnp.arange(steps)[:, None] - jnp.arange(len(rows))[None], ring)
 
 
-def visible(age: jax.Array, before: jax.Array, window: int) -> jax.Array:
-    """Which rows each of T new steps may look at, `[T, R]`: itself, and `window` earlier ones of its trial."""
-    return (age >= 0) & (age <= jnp.minimum(before, window)[:, None])
-
-
 def delayed(ring: jax.Array | None, new: jax.Array, before: jax.Array, steps: int) -> tuple[jax.Array, jax.Array | None]:
     """The rows `[T, ...]` that lie `steps` back, zeros where the trial had not begun; and the ring after them."""
     rows, _, after = look_back(ring, new, before)
@@ -179,3 +175,22 @@ def delayed(ring: jax.Array | None, new: jax.Array, before: jax.Array, steps: in
     elif new.shape[0] == 1:
         rows = rows[(before + 1) % (steps + 1)]
     return jnp.where((before >= steps)[:, None], rows[: new.shape[0]], 0), after
+
+
+Rings = tuple[jax.Array | None, jax.Array | None]
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, rings: Rings, before: jax.Array, window: int
+) -> tuple[jax.Array, Rings]:
+    """What one head reads of each step itself and of `window` earlier ones of its trial, `[T, V]`; and the rings after.
+
+    Args:
+        query, key: `[T, K]`.
+        value: `[T, V]`.
+        rings: of keys and of values.
+    """
+    keys, values = look_back(rings[0], key, before), look_back(rings[1], value, before)
+    visible = (keys.age >= 0) & (keys.age <= jnp.minimum(before, window)[:, None])
+    scores = query @ keys.rows.T / jnp.sqrt(query.shape[-1])
+    return nn.softmax(jnp.where(visible, scores, -jnp.inf)) @ values.rows, (keys.ring, values.ring)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax.numpy as jnp
 
-from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, delayed, look_back, steps_before, visible
+from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, attend, delayed, steps_before
 from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
 
@@ -30,23 +30,21 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, carry, x, reset):
-        """`x [T, D]`; `carry["past"]` holds for each TC block a ring per dilation, and for each head those of keys and values."""
+        """`carry["past"]` holds a ring per dilation for each TC block, and those of keys and values for each head."""
         before = steps_before(carry["time"], reset)
         x = dense(self.filters)(x)
         past = []
-        for convolutions, (keys, values) in carry["past"]:
+        for convolutions, rings in carry["past"]:
             kept = []
             for i, ring in enumerate(convolutions):
                 earlier, ring = delayed(ring, x, before, 2**i)
                 u, v = jnp.split(dense(2 * self.filters)(jnp.concatenate([earlier, x], axis=-1)), 2, axis=-1)
                 kept.append(ring)
                 x = jnp.concatenate([x, jnp.tanh(u) * nn.sigmoid(v)], axis=-1)
-            keys = look_back(keys, dense(self.keys, bias=False)(x), before)
-            values = look_back(values, dense(self.filters)(x), before)
-            scores = dense(self.keys)(x) @ keys.rows.T / jnp.sqrt(self.keys)
-            weights = nn.softmax(jnp.where(visible(keys.age, before, self.context), scores, -jnp.inf))
-            x = jnp.concatenate([x, weights @ values.rows], axis=-1)
-            past.append((kept, (keys.ring, values.ring)))
+            key, value, query = dense(self.keys, bias=False)(x), dense(self.filters)(x), dense(self.keys)(x)
+            read, rings = attend(query, key, value, rings, before, self.context)
+            x = jnp.concatenate([x, read], axis=-1)
+            past.append((kept, rings))
         return {"time": before[-1] + 1, "past": past}, dense(self.features)(x)
 
 
@@ -68,9 +66,7 @@ class SNAIL(LookingBack):
             for i in range(self.context.bit_length()):  # together they reach back 2^n - 1 >= context steps
                 convolutions.append(jnp.zeros((2**i + 1, channels)))
                 channels += self.filters
-            past.append(
-                (convolutions, (jnp.zeros((self.context + 1, self.keys)), jnp.zeros((self.context + 1, self.filters))))
-            )
+            past.append((convolutions, tuple(jnp.zeros((self.context + 1, n)) for n in (self.keys, self.filters))))
             channels += self.filters
         return {"time": jnp.zeros((), int), "past": past}
 

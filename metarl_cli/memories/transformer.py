@@ -11,13 +11,14 @@ A step attends to itself and to `context` earlier ones of its trial: their keys 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from metarl_cli.core.errors import ConfigError
-from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, look_back, steps_before, visible
+from metarl_cli.core.memory import Carry, LookingBack, MemorySettings, attend, steps_before
 from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
 
@@ -51,19 +52,16 @@ class Layer(nn.Module):
     context: int
 
     @nn.compact
-    def __call__(self, x, before, keys, values):
-        """`x [T, F]`; `keys` and `values` are rings of `[heads, d]`."""
+    def __call__(self, x, before, rings):
+        """`x [T, F]`; the rings are of each head: `[heads, W + 1, d]`."""
         shape = (x.shape[0], self.heads, x.shape[-1] // self.heads)
         qkv = dense(3 * x.shape[-1], bias=False)(nn.LayerNorm(param_dtype=float)(x))
         query, key, value = (part.reshape(shape) for part in jnp.split(qkv, 3, axis=-1))
-        keys = look_back(keys, rotate(key, before), before)
-        values = look_back(values, value, before)
-        scores = jnp.einsum("thd,shd->hts", rotate(query, before), keys.rows) / jnp.sqrt(shape[-1])
-        weights = nn.softmax(jnp.where(visible(keys.age, before, self.context), scores, -jnp.inf))
-        y = jnp.einsum("hts,shd->thd", weights, values.rows).reshape(x.shape)
-        x = Gate()(x, nn.relu(dense(x.shape[-1])(y)))
+        heads = jax.vmap(partial(attend, before=before, window=self.context), in_axes=(1, 1, 1, 0), out_axes=(1, 0))
+        y, rings = heads(rotate(query, before), rotate(key, before), value, rings)
+        x = Gate()(x, nn.relu(dense(x.shape[-1])(y.reshape(x.shape))))
         y = nn.relu(dense(2 * x.shape[-1])(nn.LayerNorm(param_dtype=float)(x)))
-        return Gate()(x, nn.relu(dense(x.shape[-1])(y))), keys.ring, values.ring
+        return Gate()(x, nn.relu(dense(x.shape[-1])(y))), rings
 
 
 class Trunk(nn.Module):
@@ -77,9 +75,9 @@ class Trunk(nn.Module):
         before = steps_before(carry["time"], reset)
         x = dense(self.features)(x)
         past = []
-        for keys, values in carry["past"]:
-            x, keys, values = Layer(self.heads, self.context)(x, before, keys, values)
-            past.append((keys, values))
+        for rings in carry["past"]:
+            x, rings = Layer(self.heads, self.context)(x, before, rings)
+            past.append(rings)
         return {"time": before[-1] + 1, "past": past}, x
 
 
@@ -95,8 +93,8 @@ class Transformer(LookingBack):
         return Trunk(self.features, self.layers, self.heads, self.context)
 
     def init_carry(self) -> Carry:
-        rows = jnp.zeros((self.context + 1, self.heads, self.features // self.heads))
-        return {"time": jnp.zeros((), int), "past": [(rows, rows)] * self.layers}
+        ring = jnp.zeros((self.heads, self.context + 1, self.features // self.heads))
+        return {"time": jnp.zeros((), int), "past": [(ring, ring)] * self.layers}
 
 
 class TransformerSettings(MemorySettings):
