@@ -42,11 +42,12 @@ class Family(NamedTuple):
 def t_maze(length: int) -> Family:
     """Ni et al.'s: one episode, the cue names the side, and who recalls it gets 1, who guesses 0.5 on average.
 
-    Advantages keep their size, for all but one of the steps tell nothing once the way is known: standardised, they are noise.
-    Small batches and a short horizon teach the way within 0.2 M steps, and the entropy keeps both arms tried until then.
+    Advantages keep their size: once the way is known all steps but one tell nothing, and standardised, they are noise. Small
+    batches and a short horizon teach the way within 0.2 M steps, and the entropy keeps both arms tried until then.
     """
     overrides = ["env=t_maze", f"env.length={length}", "env.reversed=0", "algo.episodes=1", "algo.meta_batch=64"]
-    overrides += ["algo.gamma=0.9", "algo.lam=0.5", "algo.entropy=0.05", "algo.standardize=false", "algo.normalize_rewards=true"]
+    overrides += ["algo.gamma=0.9", "algo.lam=0.5", "algo.entropy=0.05"]
+    overrides += ["algo.standardize=false", "algo.normalize_rewards=true"]
     return Family(f"T-maze of {length} steps", overrides, 1.0)
 
 
