@@ -214,7 +214,7 @@ again.
 
   cells=n10k5,ucb1         rows, columns or single cells (n10k5.ucb1); default: all
   budget=cpu               smoke: does it run at all, seconds per cell; kept apart
-                           cpu: for two cores, at most 20 minutes per command
+                           cpu: for two cores, at most 20 minutes per seed
                            gpu: for one large GPU
                            full: the paper's own settings
   seeds=5                  of learners that are trained
