@@ -6,10 +6,10 @@
 
 A cell is one `metarl train` of three seeds side by side in a process of its own, stopped after its time, compilation
 included. What is compared is the trial return in training, which is on tasks never seen before: the mean of the last tenth
-of the meta-iterations up to the point of comparison; that of the best tenth stands beside it. That point is the budget in
-seconds, and for equal steps the number of steps that the slowest memory reached within it, and half of what the median
-memory did. A cell that is done is a small JSON file and is not run again; one that was interrupted goes on. `t_maze_N` is a
-corridor of N steps: which memory holds how long.
+of the meta-iterations up to the point of comparison. That point is the budget in seconds, and for equal steps the number of
+steps that the slowest memory reached within it, and half of what the median memory did. Beside it stands after how many
+steps each seed first got to 90 % of the best, for it may fall back. A cell that is done is a small JSON file and is not run
+again; one that was interrupted goes on. `t_maze_N` is a corridor of N steps: which memory holds how long.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class Cell(NamedTuple):
         last = int(np.sum((self.seconds <= seconds) & (self.steps <= steps)))
         return self.returns[last - max(1, last // 10) : last].mean(0) if last else np.full(self.returns.shape[1], np.nan)
 
-    def best(self) -> np.ndarray:
-        """`[S]`: the best mean of a tenth of the meta-iterations, for those that forget again what they had learned."""
-        window = max(1, len(self.returns) // 10)
-        return np.array([np.convolve(curve, np.full(window, 1 / window), "valid").max() for curve in self.returns.T])
+    def reached(self, level: float) -> list[str]:
+        """Of each seed the million steps after which the mean of ten lines of the curve first gets to that level."""
+        means = [np.convolve(curve, np.full(10, 0.1), "valid") >= level for curve in self.returns.T]
+        return [f"{self.steps[9:][np.argmax(there)] / 1e6:.2f}" if np.any(there) else "never" for there in means]
 
 
 def run(directory: Path, family: str, memory: str, arguments: argparse.Namespace) -> Path:
@@ -163,13 +163,13 @@ def table(cells: dict[tuple[str, str], Cell]) -> str:
         lines += [
             f"**{FAMILIES[family].title}** (best {FAMILIES[family].best:g})",
             "",
-            f"| memory | after {minutes} min | best tenth |{columns} steps in the time | steps/s |",
+            f"| memory | after {minutes} min | 90 % after M steps |{columns} steps in the time | steps/s |",
             "|---" * (5 + len(points)) + "|",
         ]
         for memory, cell in sorted(here.items(), key=lambda item: -np.nan_to_num(item[1].until()).mean()):
             speed = (cell.steps[-1] - cell.steps[0]) / max(cell.seconds[-1] - cell.seconds[0], 1e-9) * cell.returns.shape[1]
             at = [interval(cell.until(steps=steps)) if steps <= cell.steps[-1] else "" for steps in points]
-            numbers = " | ".join([interval(cell.until()), interval(cell.best()), *at])
+            numbers = " | ".join([interval(cell.until()), ", ".join(cell.reached(0.9 * FAMILIES[family].best)), *at])
             lines.append(f"| {memory} | {numbers} | {cell.steps[-1] / 1e6:.2f} M | {speed:,.0f} |")
         lines.append("")
     return "\n".join(lines)
