@@ -5,7 +5,8 @@ dense blocks of dilations 1, 2, 4 ... until they see the whole trial; an attenti
 (section 3, figure 2). The network is linear, TC, attention, TC, attention. A last linear layer brings all that has been
 appended to `features`.
 
-The carry is bounded: each convolution keeps its last d inputs, each head its last `context` keys and values, and the newest.
+The carry is bounded: each convolution keeps the last d of what its earlier tap gave, each head the last `context` keys and
+values, and the newest of each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from metarl_cli.core.networks import dense
 from metarl_cli.core.settings import setting
 
 BLOCKS = 2  # of each kind
+
+
+def tap(units: int, bias: bool = True) -> nn.Dense:
+    """One of the two of a convolution, which starts as Glorot's: with fans that count both."""
+    init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+    return nn.Dense(units, use_bias=bias, kernel_init=init, param_dtype=float)
 
 
 class Trunk(nn.Module):
@@ -37,8 +44,8 @@ class Trunk(nn.Module):
         for convolutions, rings in carry["past"]:
             kept = []
             for i, ring in enumerate(convolutions):
-                earlier, ring = delayed(ring, x, before, 2**i)
-                u, v = jnp.split(dense(2 * self.filters)(jnp.concatenate([earlier, x], axis=-1)), 2, axis=-1)
+                earlier, ring = delayed(ring, tap(2 * self.filters, bias=False)(x), before, 2**i)
+                u, v = jnp.split(tap(2 * self.filters)(x) + earlier, 2, axis=-1)
                 kept.append(ring)
                 x = jnp.concatenate([x, jnp.tanh(u) * nn.sigmoid(v)], axis=-1)
             key, value, query = dense(self.keys, bias=False)(x), dense(self.filters)(x), dense(self.keys)(x)
@@ -60,15 +67,10 @@ class SNAIL(LookingBack):
         return Trunk(self.features, self.filters, self.keys, self.context)
 
     def init_carry(self) -> Carry:
-        channels, past = self.filters, []
-        for _ in range(BLOCKS):
-            convolutions = []
-            for i in range(self.context.bit_length()):  # together they reach back 2^n - 1 >= context steps
-                convolutions.append(jnp.zeros((2**i + 1, channels)))
-                channels += self.filters
-            past.append((convolutions, tuple(jnp.zeros((self.context + 1, n)) for n in (self.keys, self.filters))))
-            channels += self.filters
-        return {"time": jnp.zeros((), int), "past": past}
+        dilations = [2**i for i in range(self.context.bit_length())]  # together they reach back 2^n - 1 >= context steps
+        convolutions = [jnp.zeros((dilation + 1, 2 * self.filters)) for dilation in dilations]
+        head = tuple(jnp.zeros((self.context + 1, n)) for n in (self.keys, self.filters))
+        return {"time": jnp.zeros((), int), "past": [(convolutions, head)] * BLOCKS}
 
 
 class SNAILSettings(MemorySettings):
