@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -193,4 +192,4 @@ def attend(
     keys, values = look_back(rings[0], key, before), look_back(rings[1], value, before)
     visible = (keys.age >= 0) & (keys.age <= jnp.minimum(before, window)[:, None])
     scores = query @ keys.rows.T / jnp.sqrt(query.shape[-1])
-    return nn.softmax(jnp.where(visible, scores, -jnp.inf)) @ values.rows, (keys.ring, values.ring)
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)) @ values.rows, (keys.ring, values.ring)
