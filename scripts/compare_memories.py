@@ -77,8 +77,9 @@ class Cell(NamedTuple):
 
     def reached(self, level: float) -> list[str]:
         """Of each seed the million steps after which the mean of ten lines of the curve first gets to that level."""
-        means = [np.convolve(curve, np.full(10, 0.1), "valid") >= level for curve in self.returns.T]
-        return [f"{self.steps[9:][np.argmax(there)] / 1e6:.2f}" if np.any(there) else "never" for there in means]
+        window = min(10, len(self.steps))
+        means = [np.convolve(curve, np.full(window, 1 / window), "valid") >= level for curve in self.returns.T]
+        return [f"{self.steps[window - 1 :][np.argmax(there)] / 1e6:.2f}" if np.any(there) else "never" for there in means]
 
 
 def run(directory: Path, family: str, memory: str, arguments: argparse.Namespace) -> Path:
